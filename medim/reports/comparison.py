@@ -10,6 +10,7 @@ from typing import Any
 from medim.evaluation.cases import read_cases
 from medim.metrics import higher_is_better
 from medim.metrics.bootstrap import MetricEstimate
+from medim.metrics.segmentation import MISSED_NOTE
 from medim.migrations import read_checked_json
 from medim.reports import figures
 from medim.reports.content import ComparedContent
@@ -118,7 +119,7 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
                 "Both arms",
                 ("Metric", "Pretrained", "Scratch", "Difference"),
                 table,
-                _format_note(gaps),
+                _format_note(gaps, metrics),
                 wide=True,
             )
         ],
@@ -126,9 +127,11 @@ def _render_comparison(arms: Sequence[RunSummary], gaps: Mapping[str, MetricEsti
     )
 
 
-def _format_note(gaps: Mapping[str, MetricEstimate]) -> str:
+def _format_note(gaps: Mapping[str, MetricEstimate], sides: Sequence[Mapping[str, Any]]) -> str:
     paired = ", paired by image" if gaps else ""
-    return f"Difference: pretrained minus scratch{paired}. {INTERVALS_NOTE}"
+    is_missed = any(isinstance(metric, Mapping) and metric.get("missed") for side in sides for metric in side.values())
+    notes = [f"Difference: pretrained minus scratch{paired}. {INTERVALS_NOTE}", *[MISSED_NOTE] * is_missed]
+    return " ".join(notes)
 
 
 def _get_metrics(summary: Mapping[str, Any]) -> dict[str, Any]:

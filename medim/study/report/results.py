@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from medim.metrics import higher_is_better
-from medim.metrics.segmentation import MISSED_NOTE
+from medim.metrics import find_metric, higher_is_better
+from medim.metrics.segmentation import METRIC_RULE, MISSED_NOTE
 from medim.reports.page import (
     Banner,
     ReportSection,
@@ -124,12 +124,14 @@ def _build_metric_tables(study: StudyView) -> list[ReportTable]:
         for arm in arms
     ]
     caption = f"All metrics with {pluralise(study.budgets[largest], 'label')}"
-    partial = any("\ncases" in row[2] for row in rows)
-    note = (
+    notes = [
         "A metric is undefined if neither truth nor prediction contains the class, and a distance if the truth lacks "
-        f"it; such cases are excluded. {MISSED_NOTE}"
-    )
-    return [ReportTable(caption, ("Arm", "Metric", "Value", "Better"), rows, note if partial else "", wide=True)]
+        "it; such cases are excluded."
+    ] * any("\ncases" in row[2] for row in rows)
+    matches = [match for match in map(find_metric, study.results.metrics) if match]
+    has_penalty = study.summary.get("metric_rule", 1) == METRIC_RULE
+    notes += [MISSED_NOTE] * (has_penalty and any(metric.is_distance for metric, _ in matches))
+    return [ReportTable(caption, ("Arm", "Metric", "Value", "Better"), rows, " ".join(notes), wide=True)]
 
 
 def _format_defined_cases(study: StudyView, metric: str, arm: str, budget: str) -> str:

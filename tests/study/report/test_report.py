@@ -100,6 +100,18 @@ def test_harm_at_another_budget_and_labels_that_no_budget_paid_make_a_benefit_do
     assert (state, "Pretraining is worse than from scratch for: dim with 80 labels." in text) == ("care", True)
 
 
+def test_a_study_of_an_earlier_metric_rule_is_named_and_states_no_penalty_of_misses(study_of: Study, html: str) -> None:
+    penalty = "A missed structure counts with the diagonal of its image as distance."
+    assert penalty in html
+    assert "Metric rule 1" not in html
+    folder = study_of(0.1)
+    change(folder, metric_rule=1)
+    old = write_study_page(folder).read_text()
+    state, _, text = banner(old, "verdict")
+    assert (state, "Metric rule 1, of an earlier version" in text) == ("care", True)
+    assert penalty not in old
+
+
 def test_cells_that_lost_a_class_are_counted_and_make_a_benefit_doubtful(study_of: Study) -> None:
     folder = study_of(0.1)
     title = "Fine-tuned cells whose model does not find some class"
