@@ -14,18 +14,22 @@ from rich.table import Table
 from medim.cli.options import (
     MODALITY_HELP,
     ConfigOption,
+    ImageColumnOption,
     KeepNamesOption,
+    LabelColumnOption,
     LabelsOption,
     ModalityOption,
     OutOption,
     OverwriteOption,
     PreprocessingJobsOption,
     SeedOption,
+    SubjectColumnOption,
     SubjectsOption,
     WhereOption,
     check_modality,
     require_modality,
 )
+from medim.cli.sources import name_label_columns
 from medim.cli.terminal import console, escape_control_characters, print_result, print_source, wide_console
 from medim.console.progress import show_progress
 from medim.types import Modality, UsageError, UserError
@@ -114,6 +118,9 @@ class IndexArguments:
     modality: Annotated[Modality, typer.Option(help=MODALITY_HELP)]
     out: OutOption
     labels: LabelsOption = None
+    image_column: ImageColumnOption = None
+    label_column: LabelColumnOption = None
+    subject_column: SubjectColumnOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
     where: WhereOption = None
@@ -140,6 +147,7 @@ def index(arguments: IndexArguments) -> None:
     from medim.output_folder import output_folder, write_rejection_file
 
     out, overwrite = arguments.out, arguments.overwrite
+    labels = name_label_columns(arguments)
     if arguments.where is not None:
         parse_condition(arguments.where)  # a mistake in it shows before images are read
     source_paths = [resolve_data_argument(source, arguments.modality) for source in arguments.sources]
@@ -149,7 +157,7 @@ def index(arguments: IndexArguments) -> None:
             image_index = build_index(
                 source_paths,
                 arguments.modality,
-                labels=arguments.labels,
+                labels=labels,
                 subjects=arguments.subjects,
                 keep_names=arguments.keep_names,
                 jobs=arguments.jobs or count_cpus(),

@@ -16,7 +16,9 @@ from medim.cli.options import (
     DataOption,
     DeviceOption,
     FailOnContaminationOption,
+    ImageColumnOption,
     KeepNamesOption,
+    LabelColumnOption,
     LabelsOption,
     OutOption,
     OverwriteOption,
@@ -24,6 +26,7 @@ from medim.cli.options import (
     ResumeOption,
     SetOption,
     SplitSeedOption,
+    SubjectColumnOption,
     SubjectsOption,
     WhereOption,
 )
@@ -60,6 +63,9 @@ class EvaluateArguments:
     ] = False
     fail_on_contamination: FailOnContaminationOption = False
     labels: LabelsOption = None
+    image_column: ImageColumnOption = None
+    label_column: LabelColumnOption = None
+    subject_column: SubjectColumnOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
     where: WhereOption = None
@@ -144,6 +150,9 @@ class ProbeArguments:
         Path | None, typer.Option(metavar="FOLDER", help="Output folder. Default: <RUN>-probe-<protocol>.")
     ] = None
     labels: LabelsOption = None
+    image_column: ImageColumnOption = None
+    label_column: LabelColumnOption = None
+    subject_column: SubjectColumnOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
     where: WhereOption = None
@@ -252,6 +261,9 @@ class StudyArguments:
         typer.Option(metavar="HOURS", help="Start no cell that would end later; exit code 75 if cells remain."),
     ] = None
     labels: LabelsOption = None
+    image_column: ImageColumnOption = None
+    label_column: LabelColumnOption = None
+    subject_column: SubjectColumnOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
     where: WhereOption = None

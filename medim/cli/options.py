@@ -26,6 +26,15 @@ LabelsOption = Annotated[
 SubjectsOption = Annotated[
     Path | None, typer.Option("--subjects", metavar="FILE", help="CSV with columns image,subject.")
 ]
+ImageColumnOption = Annotated[
+    str | None, typer.Option("--image-column", metavar="NAME", help="Column of images in the table of labels.")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option("--label-column", metavar="NAME", help="Column of labels in the table of labels.")
+]
+SubjectColumnOption = Annotated[
+    str | None, typer.Option("--subject-column", metavar="NAME", help="Column of subjects in the table of labels.")
+]
 WhereOption = Annotated[
     str | None,
     typer.Option(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medim.cli.terminal import print_source
-from medim.types import Modality
+from medim.types import Modality, UsageError
 
 if TYPE_CHECKING:
     from medim.data.index.index import Index
+    from medim.data.index.tables import TableFile
 
 
 def read_source(
@@ -35,6 +36,8 @@ def read_source(
 
     names = ("labels", "subjects", "keep_names")
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if "labels" in options:
+        options["labels"] = name_label_columns(arguments)
     if arguments.where is not None:
         parse_condition(arguments.where)  # a mistake in it shows before images are read
     index, store = open_source(arguments.data, modality, **options)
@@ -42,6 +45,21 @@ def read_source(
     if show:
         show_source(arguments, index, out)
     return index, store
+
+
+def name_label_columns(arguments: Any) -> Path | TableFile | None:
+    """Combine `--labels` with the options that name its columns.
+
+    Raises:
+        UsageError: such an option is given without `--labels`.
+    """
+    from medim.data.index.tables import COLUMN_OPTIONS, TableFile
+
+    columns = {column: getattr(arguments, f"{column}_column") for column in COLUMN_OPTIONS}
+    columns = {column: name for column, name in columns.items() if name is not None}
+    if columns and arguments.labels is None:
+        raise UsageError(f"{COLUMN_OPTIONS[next(iter(columns))]}: requires --labels, whose column it names.")
+    return TableFile(arguments.labels, columns) if columns else arguments.labels
 
 
 def show_source(arguments: Any, index: Index, out: Path | None) -> None:

@@ -14,7 +14,9 @@ from medim.cli.options import (
     DeviceOption,
     DevicesOption,
     FailOnContaminationOption,
+    ImageColumnOption,
     KeepNamesOption,
+    LabelColumnOption,
     LabelsOption,
     ModalityOption,
     NodesOption,
@@ -28,6 +30,7 @@ from medim.cli.options import (
     SeedOption,
     SetOption,
     SplitSeedOption,
+    SubjectColumnOption,
     SubjectsOption,
     WhereOption,
     check_modality,
@@ -152,6 +155,9 @@ class FinetuneArguments:
         typer.Option(metavar="FRACTION", help="Label budget as a fraction of the labelled training images."),
     ] = None
     labels: LabelsOption = None
+    image_column: ImageColumnOption = None
+    label_column: LabelColumnOption = None
+    subject_column: SubjectColumnOption = None
     subjects: SubjectsOption = None
     keep_names: KeepNamesOption = False
     where: WhereOption = None

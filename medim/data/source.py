@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from medim.data.index.index import Index, build_index, is_index, read_modality
+from medim.data.index.tables import TableFile
 from medim.data.parallel import count_cpus
 from medim.data.public.fetch import find_public_set, resolve_data_argument
 from medim.output_folder import acquire_lock
@@ -38,8 +39,8 @@ def open_source(
     data: Path | None,
     modality: Modality,
     *,
-    labels: Path | None = None,
-    subjects: Path | None = None,
+    labels: Path | TableFile | None = None,
+    subjects: Path | TableFile | None = None,
     keep_names: bool = False,
 ) -> tuple[Index, Path | None]:
     """Open or build the index of a data source.

@@ -26,6 +26,7 @@ from medim.data.index.layouts import FolderLabels, Layout, detect_layout, labels
 from medim.data.index.masks import check_masks
 from medim.data.index.records import ImageRecord, Rejection
 from medim.data.index.scan_cache import FileScanner
+from medim.data.index.tables import TableFile
 from medim.data.index.walk import is_system_path, list_files
 from medim.data.mask_classes import MaskClasses, describe_classes
 from medim.data.readers import READERS, collect_images, find_reader
@@ -62,14 +63,14 @@ def build_records(
     modality: Modality,
     scanner: FileScanner,
     *,
-    labels: Path | None = None,
-    subjects: Path | None = None,
+    labels: Path | TableFile | None = None,
+    subjects: Path | TableFile | None = None,
     keep_names: bool = False,
 ) -> IndexContent:
     """Find images, join the tables and remove identities; see `medim.data.index.index.build_index`."""
     root = find_common_root(sources)
     files, unreadable = list_files(sources)
-    layout = detect_layout(files, [path.resolve() for path in (labels, subjects) if path is not None])
+    layout = detect_layout(files, [TableFile.of(table).path for table in (labels, subjects) if table is not None])
     label_tables = load_join_tables(layout, "labels", labels)
     exclude_masks(layout, label_tables, root)
     layout.rejected += unreadable

@@ -35,6 +35,7 @@ from medim.data.index.records import (
 )
 from medim.data.index.scan_cache import FileScanner, ProgressCallback, inspect_file
 from medim.data.index.selection import describe_columns, parse_condition
+from medim.data.index.tables import TableFile
 from medim.data.index.walk import list_readable_files
 from medim.data.labels import count_labels, finding_names
 from medim.data.mask_classes import MAX_CLASSES, format_values, is_identity, to_class_numbers
@@ -463,8 +464,8 @@ def build_index(
     source: Path | Sequence[Path],
     modality: Modality,
     *,
-    labels: Path | None = None,
-    subjects: Path | None = None,
+    labels: Path | TableFile | None = None,
+    subjects: Path | TableFile | None = None,
     keep_names: bool = False,
     jobs: int = 1,
     remember: bool = True,
@@ -482,8 +483,8 @@ def build_index(
         source: files and folders in any layout of `docs/reference/cli.md`; several are combined in one index.
         modality: "mri" (3D) or "xray" (2D).
         labels: CSV with columns `image` or `subject`, and `label`, `mask` (path) or `split`; default: a `labels.csv`
-            in the source.
-        subjects: CSV with columns `image`, `subject`.
+            in the source. A `TableFile` names its columns.
+        subjects: CSV with columns `image`, `subject`; or a `TableFile`.
         keep_names: keep names that are not neutral, except identities of headers; always for sets of `medim fetch`.
         jobs: number of processes; with more than one, a script needs the usual `if __name__ == "__main__":`.
         remember: skip files that have not changed; see `medim.data.index.scan_cache`.
@@ -523,8 +524,8 @@ def _build_index(
     source: Path | Sequence[Path],
     modality: Modality,
     *,
-    labels: Path | None = None,
-    subjects: Path | None = None,
+    labels: Path | TableFile | None = None,
+    subjects: Path | TableFile | None = None,
     keep_names: bool = False,
     jobs: int = 1,
     remember: bool = True,

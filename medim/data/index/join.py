@@ -13,7 +13,7 @@ from pathlib import Path
 from medim.data.index.decathlon import file_stem
 from medim.data.index.layouts import Layout
 from medim.data.index.subject_names import infer_subjects, infer_subjects_from_stems
-from medim.data.index.tables import CsvTable, ImageMatcher, check_participants, merge_tables, read_table
+from medim.data.index.tables import CsvTable, ImageMatcher, TableFile, check_participants, merge_tables, read_table
 from medim.data.labels import unify_labels
 from medim.data.readers.inspection import ImageInfo, RejectedFile
 from medim.privacy import format_path, make_pseudonym
@@ -35,13 +35,15 @@ class PendingRecord:
     split: str | None = None
 
 
-def load_join_tables(layout: Layout, kind: str, user_path: Path | None) -> FolderTables:
+def load_join_tables(layout: Layout, kind: str, user_table: Path | TableFile | None) -> FolderTables:
     """Load the tables of a kind with the folders they apply to: the user's table, else those in the source."""
-    if user_path is not None:
-        table = read_table(user_path.resolve(), kind, from_user=True)
+    if user_table is not None:
+        table = read_table(TableFile.of(user_table), kind, from_user=True)
         return [(table, None)] if table else []
     tables = [
-        (read_table(path, kind, from_user=False), path.parent) for path in layout.tables if path.name == f"{kind}.csv"
+        (read_table(TableFile(path), kind, from_user=False), path.parent)
+        for path in layout.tables
+        if path.name == f"{kind}.csv"
     ]
     return [(table, folder) for table, folder in tables if table]
 

@@ -6,6 +6,7 @@ the grid of the image beside it. No single property decides, except names that o
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import defaultdict
@@ -19,6 +20,7 @@ from medim.data.index.masks import inspect_mask, is_on_grid
 from medim.data.index.scan_cache import FileScanner
 from medim.data.readers.inspection import ImageInfo, RejectedFile
 
+log = logging.getLogger(__name__)
 _LABEL_WORDS = {  # of file and folder names
     "annotation", "annotations", "aparc", "aseg", "atlas", "contour", "contours", "dseg", "groundtruth", "gt", "label",
     "labelmap", "labels", "labelstr", "labelsts", "mask", "masks", "parc", "parcellation", "probseg", "roi", "rois",
@@ -102,6 +104,8 @@ def separate_label_maps(
     label_maps += _find_rejected_masks(rejected, root, scanner)
     if may_join:
         _join_label_maps(label_maps, other_images, names, layout, scanner)
+    if n_joined := len(set(layout.masks.values()) & {label_map.path for label_map in label_maps}):
+        log.info("%d label maps have the name and grid of an image each, and are used as masks", n_joined)
     replaced = {label_map.path for label_map in label_maps}
     joined = set(layout.masks.values())
     rejections = [rejection for rejection in rejected if rejection.path not in replaced]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import get_args
@@ -25,12 +26,36 @@ SPLIT_NAMES: dict[str, Split] = {  # of folders and cells, in lower case
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
 }  # fmt: skip
+COLUMN_OPTIONS = {"image": "--image-column", "label": "--label-column", "subject": "--subject-column"}
 _COLUMN_NAMES = {  # other names of columns in use, the first that a table has counts
     "image": ("image_index", "image_path", "image_name", "filename", "file_name", "file", "path", "filepath"),
     "subject": ("subject_id", "participant_id", "patient_id", "patientid", "participant", "patient"),
     "label": ("finding_labels", "class", "class_name", "category", "target"),
     "mask": ("mask_path", "segmentation"),
 }
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A CSV file of labels or subjects, with the names of its columns where they are unusual.
+
+    Attributes:
+        path: path of the file.
+        columns: name in the file by the name of medim: `image`, `label`, `subject`, `mask` or `split`.
+
+    Examples:
+        >>> TableFile(Path("labels.csv"), {"label": "Diagnosis 2"}).columns["label"]
+        'Diagnosis 2'
+    """
+
+    path: Path
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: Path | TableFile) -> TableFile:
+        """Return a table, or that of a path, with a resolved path."""
+        file = table if isinstance(table, TableFile) else cls(table)
+        return cls(file.path.resolve(), file.columns)
 
 
 @dataclass(frozen=True)
@@ -58,11 +83,11 @@ class CsvTable:
         return None
 
 
-def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
+def read_table(file: TableFile, kind: str, *, from_user: bool) -> CsvTable | None:
     """Read a table of labels or subjects.
 
     Args:
-        path: CSV with a header line, separated by comma, semicolon or tab. A BIDS `participants.tsv` with a suitable
+        file: CSV with a header line, separated by comma, semicolon or tab. A BIDS `participants.tsv` with a suitable
             column is accepted too; its `participant_id` is the subject.
         kind: "labels" (columns `image` or `subject`, and `label`, `mask` or `split`; a table given by the user may
             have one column per finding with 1, 0 and empty cells in place of `label`) or "subjects" (columns `image`,
@@ -75,13 +100,14 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
     Raises:
         UserError: a table given by the user is missing or has other columns.
     """
+    path = file.path
     try:
         content = read_csv(path, delimiters=",;\t", complete=False, remedy=f"Check --{kind}.", place=format_path(path))
     except FileNotFoundError:
         raise UserError(f"{format_path(path)}: no such file. Check --{kind}.") from None
     except OSError as error:
         raise UserError(f"{format_path(path)}: cannot be read ({error.strerror}). Check --{kind}.") from error
-    columns = _name_columns(content.columns)
+    columns = _name_columns(content.columns, file)
     numbered_rows = (
         (line, {name: _clean_cell(row[key], name) for key, name in zip(content.columns, columns, strict=True) if name})
         for line, row in zip(content.lines, content, strict=True)
@@ -101,6 +127,7 @@ def read_table(path: Path, kind: str, *, from_user: bool) -> CsvTable | None:
     if not has_columns:
         if from_user:
             hint = " Findings need two or more columns of 1, 0 and empty cells." if kind == "labels" else ""
+            hint += f" Other columns are named with {', '.join(COLUMN_OPTIONS.values())}."
             raise UserError(
                 f"{format_path(path)}: expected the columns {expected_columns}; got "
                 f"{', '.join(map(hide_name, map(str.strip, content.columns))) or 'none'}.{hint}"
@@ -137,20 +164,40 @@ def parse_split(cell: str, place: str) -> str:
     return split
 
 
-def _name_columns(names: Sequence[str]) -> list[str]:
+def _name_columns(names: Sequence[str], file: TableFile) -> list[str]:
     """Translate the usual names of columns: `Patient ID` becomes `subject`, unless there is a column `subject`.
 
     Examples:
-        >>> _name_columns(["Image Index", "Finding Labels", "Patient ID", "Age"])
+        >>> _name_columns(["Image Index", "Finding Labels", "Patient ID", "Age"], TableFile(Path("labels.csv")))
         ['image', 'label', 'subject', 'age']
     """
     columns = [name.strip().lower() for name in names]
+    for column, name in file.columns.items():
+        _check_column(name, columns, file, COLUMN_OPTIONS.get(column, column))
+        columns = [f"other {column}" if other == column else other for other in columns]
+        columns[[other.strip().lower() for other in names].index(name.strip().lower())] = column
     spellings = [re.sub(r"[\s_-]+", "_", name) for name in columns]
     for column, other_names in _COLUMN_NAMES.items():
         other_name = next((name for name in other_names if name in spellings), None)
         if column not in columns and other_name is not None:
             columns[spellings.index(other_name)] = column
     return columns
+
+
+def _check_column(name: str, columns: Sequence[str], file: TableFile, option: str) -> None:
+    """Check that a table has a column that an option names.
+
+    Raises:
+        UserError: it has not, or has it twice.
+    """
+    count = columns.count(name.strip().lower())
+    if count != 1:
+        close = get_close_matches(name.strip().lower(), columns, n=1)
+        hint = f" Did you mean {hide_name(close[0])!r}?" if close else ""
+        raise UserError(
+            f"{option} {name}: expected one column of this name in {format_path(file.path)}, got {count}.{hint} "
+            f"Columns: {', '.join(map(hide_name, columns))}."
+        )
 
 
 def _clean_cell(text: str | None, column: str) -> str:

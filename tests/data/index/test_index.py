@@ -18,8 +18,11 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from medim.cli import app
 from medim.data.index.index import AllRejectedError, Index, build_index, is_index
+from medim.data.index.tables import TableFile
 from medim.data.loading.splits import assign_splits
 from medim.data.readers import ReadError, read_volume
 from medim.privacy import hide_name, scrubbed_name
@@ -862,3 +865,31 @@ def test_subjects_that_are_guessed_from_starts_of_names_stay_within_the_splits_o
     assert Counter((r.split, r.subject) for r in index.records).most_common()[-1][1] == 2
     assert len({r.subject for r in index.records}) == 3
     assign_splits(index)
+
+
+def test_columns_of_a_table_are_named_where_they_are_unusual(tmp_path: Path) -> None:
+    for name in "abc":
+        picture(tmp_path / "s" / f"{name}.png", seed=ord(name))
+    table = "Aufnahme,label,Befund,class,Fall\na,9,x,0,1\nb,9,y,0,1\nc,9,x,0,2\n"
+    (tmp_path / "l.csv").write_text(table)
+    columns = {"image": "aufnahme", "label": "Befund", "subject": "Fall"}
+    index = build_index(tmp_path / "s", "xray", labels=TableFile(tmp_path / "l.csv", columns))
+    assert [record.label for record in index.records] == ["x", "y", "x"]
+    assert subjects_of(index) == [0, 0, 1]
+    with pytest.raises(UserError, match=r"--label-column Befnd: .* got 0\. Did you mean 'p-\w+'|'befund'"):
+        build_index(tmp_path / "s", "xray", labels=TableFile(tmp_path / "l.csv", columns | {"label": "Befnd"}))
+    with pytest.raises(UserError, match=r"columns image or subject, and .*named with --image-column, --label-column"):
+        build_index(tmp_path / "s", "xray", labels=tmp_path / "l.csv")
+
+
+def test_options_name_the_columns_of_the_table_of_labels(tmp_path: Path) -> None:
+    for name in "ab":
+        picture(tmp_path / "s" / f"{name}.png", seed=ord(name))
+    (tmp_path / "l.csv").write_text("a name,finding\na,x\nb,y\n")
+    command = ["index", str(tmp_path / "s"), "--modality", "xray", "--label-column", "finding"]
+    refused = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "i")])
+    assert refused.exit_code == 2
+    assert "--label-column: requires --labels" in refused.output
+    command += ["--labels", str(tmp_path / "l.csv"), "--image-column", "a name"]
+    assert CliRunner().invoke(app, [*command, "--out", str(tmp_path / "i")]).exit_code == 0
+    assert Index.read(tmp_path / "i").labels == ("x", "y")
