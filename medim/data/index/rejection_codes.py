@@ -40,7 +40,7 @@ REJECTION_REASONS = {
     "burned-in": "The header declares annotations burned into the pixels.",
     "localizer": "A localizer, by its image type.",
     "screen-save": "A screen capture, by its image type.",
-    "mosaic": "Slices arranged as a mosaic in one image.",
+    "mosaic": "Slices arranged as a mosaic in one image, without the layout in a header of Siemens or UIH.",
     "not-selected": "An image that does not satisfy the condition of `--where`.",
     "not-structural": "A functional, diffusion, perfusion or field-map run of a BIDS tree.",
     "derivative": "A file of a BIDS tree's `derivatives`.",

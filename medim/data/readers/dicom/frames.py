@@ -71,9 +71,9 @@ def read_frame_planes(header: DicomHeader, count: int) -> tuple[FramePlane, ...]
             for k in range(count)
         )
     if groups:
-        frames = [_read_plane([group, *shared_groups, header]) for group in groups]
+        frames = [read_plane([group, *shared_groups, header]) for group in groups]
     else:
-        frames = [_read_plane([*shared_groups, header]) if shared_groups else _read_slice_plane(header)] * count
+        frames = [read_plane([*shared_groups, header]) if shared_groups else _read_slice_plane(header)] * count
     return tuple(frame for frame in frames if frame is not None) if None not in frames else ()
 
 
@@ -112,10 +112,10 @@ def _read_slice_plane(header: DicomHeader) -> FramePlane | None:
 def _read_shared_plane(raw_values: tuple[bytes | None, ...], byte_order: str) -> FramePlane | None:
     """Read the plane of a slice from the values that the slices of a series share, with the position (0, 0, 0)."""
     raw = dict(zip((*_SLICE_KEYWORDS, "Rows", "Columns"), raw_values, strict=True))
-    return _read_plane([DicomHeader({**raw, _POSITION[0]: b"0\\0\\0"}, byte_order)])
+    return read_plane([DicomHeader({**raw, _POSITION[0]: b"0\\0\\0"}, byte_order)])
 
 
-def _read_plane(levels: Sequence[DicomHeader]) -> FramePlane | None:
+def read_plane(levels: Sequence[DicomHeader]) -> FramePlane | None:
     """Read the plane of a frame from the headers that may describe it, nearest first."""
     position, orientation, spacing = (_find_numbers(levels, paths) for paths in (_POSITION, _ORIENTATION, _SPACING))
     if not position or not orientation or not spacing:

@@ -14,8 +14,9 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 from medim.data.readers.base import ReadError, check_compression, check_not_empty, check_size
 from medim.data.readers.dicom import identifiers as identities
 from medim.data.readers.dicom.codestreams import check_codec
-from medim.data.readers.dicom.frames import ATTRIBUTES, check_pixel_spacing, read_frame_planes, read_frame_types
+from medim.data.readers.dicom.frames import check_pixel_spacing, read_frame_planes, read_frame_types
 from medim.data.readers.dicom.header_scan import UNDEFINED, HeaderScan, has_all_fragments, scan_header
+from medim.data.readers.dicom.mosaic import MOSAIC_KEYWORDS, read_mosaic
 from medim.data.readers.dicom.values import DicomHeader, silence_pydicom
 from medim.data.readers.inspection import DicomFile, FileInspection, RejectedFile, SeriesInfo
 from medim.privacy import Scrubber, identity_tokens, load_site_key, make_pseudonym
@@ -42,7 +43,7 @@ _IMAGE_KEYWORDS = (
 _SERIES_KEYWORDS = tuple(sorted({*identities.NAME_KEYWORDS, *identities.SHARED_KEYWORDS, *_IMAGE_KEYWORDS}))
 _SCAN_KEYWORDS = (
     frozenset((*_SERIES_KEYWORDS, *identities.FILE_KEYWORDS, identities.OTHER_IDS_SEQUENCE, "InstanceNumber"))
-    | ATTRIBUTES
+    | MOSAIC_KEYWORDS
 )
 _SCREEN_TYPES = {"SCREEN SAVE", "SCREENSAVE", "SCREEN"}
 _LOSSY_SYNTAXES = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}  # JPEG; else LossyImageCompression is used
@@ -86,17 +87,23 @@ def inspect_dicom_header(path: Path) -> FileInspection:
         )
         series_info = _add_frame_types(series_info, scan_result.header)
         count = max(scan_result.header.integer("NumberOfFrames", 1), 1)
+        mosaic = read_mosaic(scan_result.header)
         damage = _find_pixel_damage(path, scan_result, count)
         if damage is None:
             check_codec(scan_result.syntax)
             if _count_excess_bytes(scan_result, count):
                 series_info = replace(series_info, quality=tuple(sorted({*series_info.quality, "bytes-after-pixels"})))
+        if mosaic is not None:
+            planes, count = mosaic.planes, len(mosaic.planes)
+            series_info = replace(series_info, size=planes[0].size)
+        else:
+            planes = read_frame_planes(scan_result.header, count) if series_info.kind == "mri" else ()
         instance = DicomFile(
             sop=_pseudonymise_uid(scan_result.header, "SOPInstanceUID", digits=24),
             number=scan_result.header.integer("InstanceNumber", 0),
             count=count,
             damaged=damage is not None,
-            frames=read_frame_planes(scan_result.header, count) if series_info.kind == "mri" else (),
+            frames=planes,
             origin=series_info,
             own=tuple(own_tokens),
         )
@@ -212,12 +219,10 @@ def _check_image_type(kinds: Set[str]) -> None:
     """Reject images by the values of ImageType or FrameType.
 
     Raises:
-        ReadError: a value is that of a localizer, a mosaic or a screen capture.
+        ReadError: a value is that of a localizer or a screen capture.
     """
     if "LOCALIZER" in kinds:
         raise ReadError("localizer", "a localizer, not a diagnostic series")
-    if "MOSAIC" in kinds:
-        raise ReadError("mosaic", "a mosaic of slices in one image")
     if kinds & _SCREEN_TYPES:
         raise ReadError("screen-save", "a screen capture")
 

@@ -15,11 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydicom.datadict import tag_for_keyword
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from medim.data.readers.base import ReadError
-from medim.data.readers.dicom.values import DicomHeader, get_vr
+from medim.data.readers.dicom.values import DicomHeader, find_tag, get_vr
 
 UNDEFINED = 0xFFFFFFFF
 _FIRST_READ = 1 << 16  # bytes; enough for the header of most slices
@@ -223,7 +222,7 @@ def _parse_items(
 
 @lru_cache
 def _map_tags(keywords: frozenset[str]) -> dict[tuple[int, int], str]:
-    tags = {tag: keyword for keyword in keywords if (tag := tag_for_keyword(keyword)) is not None}
+    tags = {tag: keyword for keyword in keywords if (tag := find_tag(keyword)) is not None}
     if "OverlayRows" in keywords:  # of any overlay group
         tags |= dict.fromkeys(range(0x60000010, 0x60200010, 0x20000), "OverlayRows")
     return {(tag >> 16, tag & 0xFFFF): keyword for tag, keyword in tags.items()}

@@ -16,6 +16,8 @@ from pydicom.uid import JPEGExtended12Bit, RLELossless
 
 from medim.data.readers.base import DECODER, ReadError
 from medim.data.readers.dicom.codestreams import DECODER_PLUGINS, check_codec, check_frame, decode_extended_jpeg
+from medim.data.readers.dicom.header_scan import scan_header
+from medim.data.readers.dicom.mosaic import MOSAIC_KEYWORDS, MOSAIC_TYPES, read_mosaic
 from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
 
@@ -26,7 +28,7 @@ def decode_frames(path: Path) -> Array:
     The display window (VOI LUT) is not applied, because it is a viewing preference and not image content.
 
     Returns:
-        (frames, rows, columns) float32; NaN for padding pixels declared in the header.
+        (frames, rows, columns) float32, of a mosaic its slices; NaN for padding pixels declared in the header.
 
     Raises:
         ReadError: the pixels cannot be decoded.
@@ -55,6 +57,10 @@ def decode_and_rescale(path: Path) -> Array:
             raise
         except Exception as error:  # a broken lookup table, slope or padding value
             raise ReadError("undecodable", f"the rescaling cannot be applied ({type(error).__name__})") from error
+    kinds = dataset.get("ImageType") or []
+    if MOSAIC_TYPES & {str(value).upper() for value in ([kinds] if isinstance(kinds, str) else kinds)}:
+        mosaic = read_mosaic(scan_header(path, MOSAIC_KEYWORDS).header)
+        return frames if mosaic is None else mosaic.split_frame(frames[0])
     return frames
 
 

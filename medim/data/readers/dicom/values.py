@@ -17,6 +17,13 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from medim.data.readers.base import ReadError
 
+_PRIVATE_ATTRIBUTES = {  # tag and VR, with the vendor's first block of the group
+    "SiemensCsaCreator": (0x00290010, "LO"),
+    "SiemensCsaImageHeader": (0x00291010, "OB"),
+    "UihCreator": (0x00650010, "LO"),
+    "UihSlices": (0x00651050, "DS"),
+    "UihFrames": (0x00651051, "SQ"),
+}
 _STRUCT_LETTERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 
 
@@ -99,9 +106,17 @@ def silence_pydicom() -> Iterator[None]:
 
 @cache
 def get_vr(keyword: str) -> str:
-    """Look up the value representation (VR) of an attribute in the standard."""
+    """Look up the value representation (VR) of an attribute in the standard, or of a private one."""
+    if keyword in _PRIVATE_ATTRIBUTES:
+        return _PRIVATE_ATTRIBUTES[keyword][1]
     tag = tag_for_keyword(keyword)
     return dictionary_VR(tag) if tag is not None else "UN"
+
+
+@cache
+def find_tag(keyword: str) -> int | None:
+    """Look up the tag of an attribute in the standard, or of a private one; None if it is unknown."""
+    return _PRIVATE_ATTRIBUTES[keyword][0] if keyword in _PRIVATE_ATTRIBUTES else tag_for_keyword(keyword)
 
 
 @lru_cache(maxsize=64)
