@@ -16,7 +16,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     JPEG2000,
     UID,
-    DeflatedExplicitVRLittleEndian,
+    AllTransferSyntaxes,
     JPEG2000Lossless,
     JPEGExtended12Bit,
     JPEGLSLossless,
@@ -24,6 +24,7 @@ from pydicom.uid import (
 )
 
 from medim.data.readers.base import ReadError
+from medim.data.readers.dicom.values import silence_pydicom
 from medim.types import Array
 
 CODEC_REMEDY = "pip install python-gdcm pylibjpeg-openjpeg pyjpegls"
@@ -37,6 +38,7 @@ DECODER_PLUGINS: dict[str, str] = {  # GDCM aborts the process on some damaged f
 _NON_FRAME_MARKERS = {0xC4, 0xC8, 0xCC}  # markers in 0xC0 to 0xCF that do not start a frame
 
 
+_PLAIN_SYNTAXES = frozenset(map(str, (uid for uid in AllTransferSyntaxes if not uid.is_encapsulated)))
 _EXTENDED_JPEG_VALUE = 3000  # of all pixels
 _EXTENDED_JPEG = bytes.fromhex(
     "ffd8ffdb0043000201010101010201010102020202020403020202020504040304060506060605060606070908060709070606080b08090a0a"
@@ -52,15 +54,16 @@ def check_codec(syntax: str) -> None:
     Raises:
         ReadError: there is no decoder, or it is not installed; the message contains the remedy.
     """
-    uid = UID(syntax)
-    if not syntax or (uid.is_transfer_syntax and not uid.is_encapsulated) or uid == DeflatedExplicitVRLittleEndian:
+    if not syntax or syntax in _PLAIN_SYNTAXES:
         return
-    name = uid.name if uid.name != uid else "an unknown transfer syntax"
-    try:
-        decoder = get_decoder(uid)
-    except NotImplementedError:
-        detail = f"pixels in {name}, for which there is no decoder. Convert them, as with gdcmconv --raw or dcmdjpeg"
-        raise ReadError("reader-missing", detail) from None
+    with silence_pydicom():  # it quotes an invalid UID
+        uid = UID(syntax)
+        name = uid.name if uid.name != uid else "an unknown transfer syntax"
+        try:
+            decoder = get_decoder(uid)
+        except NotImplementedError:
+            detail = f"pixels in {name}, for which there is no decoder. Convert them, as with gdcmconv --raw"
+            raise ReadError("reader-missing", detail) from None
     plugin = "gdcm" if uid == JPEGExtended12Bit else DECODER_PLUGINS.get(uid)
     is_installed = plugin in decoder.available_plugins if plugin else decoder.is_available
     if not is_installed:

@@ -26,9 +26,9 @@ MOSAIC_KEYWORDS = ATTRIBUTES | {
     "ImageType", "Rows", "Columns", "NumberOfFrames", "SpecificCharacterSet", "SiemensCsaCreator",
     "SiemensCsaImageHeader", "UihCreator", "UihSlices", "UihFrames",
 }  # fmt: skip
-_MAX_SLICES = 4096
+_MAX_TILES = 4096
 _MIN_COSINE = 0.999  # between the normal of the tiles and the direction of the slices
-_REMEDY = "Convert it with dcm2niix"
+_MOSAIC_REMEDY = "Convert it with dcm2niix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ def read_mosaic(header: DicomHeader) -> Mosaic | None:
     if not MOSAIC_TYPES & {value.upper() for value in header.texts("ImageType")}:
         return None
     if header.integer("NumberOfFrames", 1) > 1:
-        raise ReadError("mosaic", f"a mosaic of slices in each of several frames. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic of slices in each of several frames. {_MOSAIC_REMEDY}")
     if header.text("SiemensCsaCreator") == "SIEMENS CSA HEADER" and header.raw.get("SiemensCsaImageHeader"):
         return _read_siemens_mosaic(header)
     if header.text("UihCreator").startswith("Image Private Header") and header.items("UihFrames"):
         return _read_uih_mosaic(header)
-    raise ReadError("mosaic", f"a mosaic of slices in one image, without the vendor's header. {_REMEDY}")
+    raise ReadError("mosaic", f"a mosaic of slices in one image, without the vendor's header. {_MOSAIC_REMEDY}")
 
 
 def _read_siemens_mosaic(header: DicomHeader) -> Mosaic:
@@ -73,10 +73,10 @@ def _read_siemens_mosaic(header: DicomHeader) -> Mosaic:
     spacing = header.numbers("PixelSpacing")
     gap = next((v for name in ("SpacingBetweenSlices", "SliceThickness") for v in header.numbers(name)[:1] if v), 0.0)
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2) or not (math.isfinite(gap) and gap > 0):
-        raise ReadError("mosaic", f"a mosaic without position, orientation or spacing of its slices. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic without position, orientation or spacing of its slices. {_MOSAIC_REMEDY}")
     row, column = np.reshape(orientation, (2, 3))
     if not abs(np.cross(row, column) @ normal) > _MIN_COSINE:
-        raise ReadError("mosaic", f"a mosaic whose slices are not parallel to its plane. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic whose slices are not parallel to its plane. {_MOSAIC_REMEDY}")
     tiles, size = _find_tile_size(header, count)
     # the position is that of the corner of the whole mosaic, as if its centre were the centre of a slice
     n_rows, n_columns = (length * (tiles - 1) / 2 for length in size)
@@ -104,10 +104,10 @@ def _read_csa_layout(content: bytes) -> tuple[int, Array]:
         (count,), normal = tags["NumberOfImagesInMosaic"]["items"], np.array(tags["SliceNormalVector"]["items"], float)
         count = int(count)
     except Exception as error:  # nibabel raises many exception types for damaged headers
-        detail = f"a mosaic with an incomplete CSA header ({type(error).__name__}). {_REMEDY}"
+        detail = f"a mosaic with an incomplete CSA header ({type(error).__name__}). {_MOSAIC_REMEDY}"
         raise ReadError("mosaic", detail) from error
     if normal.shape != (3,) or not abs(np.linalg.norm(normal) - 1) < 0.01:
-        raise ReadError("mosaic", f"a mosaic without the direction of its slices. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic without the direction of its slices. {_MOSAIC_REMEDY}")
     return count, normal
 
 
@@ -115,7 +115,7 @@ def _read_uih_mosaic(header: DicomHeader) -> Mosaic:
     items = header.items("UihFrames")
     count = header.integer("UihSlices", len(items))
     if count != len(items):
-        raise ReadError("mosaic", f"a mosaic of {count} slices with {len(items)} positions. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic of {count} slices with {len(items)} positions. {_MOSAIC_REMEDY}")
     tiles, size = _find_tile_size(header, count)
     own = {name: value for name, value in header.raw.items() if name != "ImagePositionPatient"}
     shared = DicomHeader(own | _encode_size(size, header.byte_order), header.byte_order)
@@ -129,16 +129,16 @@ def _find_tile_size(header: DicomHeader, count: int) -> tuple[int, tuple[int, in
         ReadError: the image cannot be divided into that many tiles.
     """
     rows, columns = header.integer("Rows"), header.integer("Columns")
-    tiles = math.ceil(math.sqrt(count)) if 1 <= count <= _MAX_SLICES else 0
+    tiles = math.ceil(math.sqrt(count)) if 1 <= count <= _MAX_TILES else 0
     if not tiles or rows % tiles or columns % tiles:
-        raise ReadError("mosaic", f"a mosaic of {rows}x{columns} pixels with {count} slices. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic of {rows}x{columns} pixels with {count} slices. {_MOSAIC_REMEDY}")
     return tiles, (rows // tiles, columns // tiles)
 
 
 def _build_mosaic(planes: list[FramePlane | None], tiles: int) -> Mosaic:
     complete = tuple(plane for plane in planes if plane is not None)
     if len(complete) < len(planes):
-        raise ReadError("mosaic", f"a mosaic without position, orientation or spacing of its slices. {_REMEDY}")
+        raise ReadError("mosaic", f"a mosaic without position, orientation or spacing of its slices. {_MOSAIC_REMEDY}")
     return Mosaic(complete, tiles)
 
 
