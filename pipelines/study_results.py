@@ -39,7 +39,7 @@ def format_study_section(study: StudyView) -> str:
         if (labels_saved := study.best_row(arm)["labels_saved"])
     ]
     rows = [_format_study_row(study, arm, budget) for budget in study.budgets for arm in study.arms]
-    head = ["labels", "arm", metric_name(study.metric), "minus from scratch", "p, Holm", "verdict"]
+    head = ["labels", "arm", metric_name(study.metric), "difference to scratch", "p, Holm", "verdict"]
     cells = summary["cells"]
     cost = (
         f"{cells['done']} of {cells['all']} cells are done: {summary['cell_hours']:.1f} hours of cells, "

@@ -138,7 +138,7 @@ class ProbeArguments:
         typer.Option(
             "--levels",
             metavar="N",
-            help="Feature map level, 0 the finest, whose mean and maximum are added to the summary. May be repeated. "
+            help="Level of a feature map (0 is the finest) to add to the summary as mean and maximum. May be repeated. "
             "Default: all levels.",
         ),
     ] = None

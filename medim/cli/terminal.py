@@ -339,6 +339,8 @@ def print_result(title: str, rows: Mapping[str, Any]) -> None:
 
 def _print_table(target: Console, title: str, rows: Mapping[str, Any]) -> None:
     table = Table(title=_plain_text(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # no part of a hash or path is left out
     for name, value in rows.items():
         table.add_row(_plain_text(name), _plain_text(_format_value(value)))
     target.print(table, soft_wrap=not target.is_terminal, markup=False, highlight=False)

@@ -185,3 +185,9 @@ def test_warnings_are_coloured_on_a_terminal_and_leakage_is_red(level: int, mess
     assert isinstance(text, Text)
     assert text.plain == message
     assert any(span.style == style for span in text.spans) is (style is not None)
+
+
+def test_a_long_value_is_folded_and_never_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result("export", {"sha256": "0123456789" * 20})
+    output = capsys.readouterr().out
+    assert "".join(output.split()) == "exportsha256" + "0123456789" * 20

@@ -26,7 +26,7 @@ from medim.study.report.format import (
 from medim.study.report.view import StudyView, arm_title
 
 PROTOCOL_LABELS = {"finetune": "fine-tuned", "frozen": "frozen"}
-TABLE_HEAD = ("Arm", "Labels", "Value", "Minus from scratch", "p", "p, Holm", "Verdict")
+TABLE_HEAD = ("Arm", "Labels", "Value", "Difference to scratch", "p", "p, Holm", "Verdict")
 SAVINGS_HEAD = ("Arm", "Labels", "Equivalent labels", "Saved", "Ratio", "Steps to scratch", "Of")
 
 

@@ -216,7 +216,7 @@ def test_every_figure_has_its_words_and_its_numbers(html: str) -> None:
 
 def test_the_table_has_value_difference_p_and_rate_of_every_arm_and_budget(html: str) -> None:
     rows = re.findall(r"<tr role=\"row\">(.*?)</tr>", html, flags=re.DOTALL)
-    assert sum('data-head="Minus from scratch"' in row for row in rows) == 6
+    assert sum('data-head="Difference to scratch"' in row for row in rows) == 6
     assert sum('data-head="p, Holm"' in row and "benefit" in row for row in rows) == 3
     table = html.split("by labels and arm</caption>")[1].split("</table>")[0]
     arms = re.findall(r'role="rowheader">([\w ]+?)(?: <span|</th>)', table)
