@@ -93,10 +93,11 @@ def build_records(
     pending_records = _create_pending_records(images, layout, sources, keep_names=keep_names)
     check_participant_tables(pending_records, layout)
     subject_tables = load_join_tables(layout, "subjects", subjects)
-    unidentified = join_subjects(pending_records, subject_tables, label_tables, layout, root)
+    join_subjects(pending_records, subject_tables, label_tables, layout, root)
     join_labels(pending_records, label_tables, root)
     pending_records, mask_rejected, mask_classes = check_masks(pending_records, layout, scanner)
     rejected += mask_rejected
+    guessed_subjects = [pending.subject for pending in pending_records if pending.is_subject_guessed]
     all_files: list[ImageInfo | RejectedFile] = [*images, *rejected, *_identities_of_skipped(layout, modality, scanner)]
     scrubber = Scrubber((token for image in all_files for token in image.identities), keep_names=keep_names)
     if any(pending.mask is not None for pending in pending_records):
@@ -108,7 +109,7 @@ def build_records(
         mask_classes=mask_classes,
         identity_parts=frozenset(part for part in root.parts if scrubber.contains_identity(part)),
         n_files=n_files,
-        unidentified=unidentified,
+        unidentified=(len(guessed_subjects), len(set(guessed_subjects))),
         series={(d.image.files[0], d.image.shape): d.image.files for d in pending_records if d.image.series},
     )
 

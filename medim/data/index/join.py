@@ -26,13 +26,18 @@ FolderTables = list[tuple[CsvTable, Path | None]]  # each with the folder it app
 
 @dataclass(kw_only=True)
 class PendingRecord:
-    """An image before it becomes a record; paths are real, not scrubbed."""
+    """An image before it becomes a record; paths are real, not scrubbed.
+
+    Attributes:
+        is_subject_guessed: whether no table and no metadata contains the subject.
+    """
 
     image: ImageInfo
     subject: str | None
     label: str | None = None
     mask: Path | None = None
     split: str | None = None
+    is_subject_guessed: bool = False
 
 
 def load_join_tables(layout: Layout, kind: str, user_table: Path | TableFile | None) -> FolderTables:
@@ -79,11 +84,8 @@ def join_subjects(
     label_tables: FolderTables,
     layout: Layout,
     root: Path,
-) -> tuple[int, int]:
+) -> None:
     """Set the subject of each pending record: of a table of subjects, a table of labels, the file, or the path.
-
-    Returns:
-        Number of images without a subject ID, and of the subjects that were guessed for them.
 
     Raises:
         UserError: rows of a table are contradictory, or a table of subjects contradicts one of labels.
@@ -97,11 +99,12 @@ def join_subjects(
     inferred_names = _infer_subjects_from_paths(without_subject, layout, root)
     for pending in without_subject:
         pending.subject = make_pseudonym(inferred_names[pending.image.files[0]])
+        pending.is_subject_guessed = True
     for index, cells in cells_by_image.items():
         if "split" in cells:
             pending_records[index].split = cells["split"][0]
-    n_items = sum("/" in (p.image.item or "") and p.subject == p.image.subject for p in pending_records)
-    return len(without_subject) + n_items, len({pending.subject for pending in without_subject}) + n_items
+    for pending in pending_records:
+        pending.is_subject_guessed |= "/" in (pending.image.item or "") and pending.subject == pending.image.subject
 
 
 def _read_label_subjects(

@@ -11,7 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from medim.data.index.decathlon import file_stem
@@ -230,11 +230,20 @@ def _join_label_maps(
     unique_paths = {maps[0].path for maps in masks_by_image.values() if len(maps) == 1}
     paths = [label_map.path for label_map in label_maps if label_map.path in unique_paths]
     readable_paths = {
-        path for path, inspection in zip(paths, scanner(inspect_mask, paths), strict=True) if inspection.images
+        path
+        for path, inspection in zip(paths, scanner(inspect_mask, paths), strict=True)
+        if inspection.images and len(inspection.images[0].values) <= _MAX_JOINED_LEVELS
     }
     for path, fitting_maps in masks_by_image.items():
         if len(fitting_maps) == 1:
-            layout.masks |= {path: fitting_maps[0].path} if fitting_maps[0].path in readable_paths else {}
+            label_map = fitting_maps[0]
+            if label_map.path in readable_paths:
+                layout.masks[path] = label_map.path
+            else:
+                detail = (
+                    f"the label map of an image, but not with whole numbers of at most {_MAX_JOINED_LEVELS} classes"
+                )
+                label_map.rejection = replace(label_map.rejection, detail=detail)
             continue
         for label_map in fitting_maps:
             label_map.rejection = RejectedFile(

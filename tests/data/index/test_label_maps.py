@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from medim.data.index.index import Index, build_index
 from medim.data.readers import find_reader
 from medim.data.readers.base import LevelCounter
+from medim.tasks import find_task
 from tests.data.synthetic import noise, write_decathlon, write_nifti
 
 SHAPE = (12, 11, 10)
@@ -147,8 +148,11 @@ def test_pictures_are_joined_with_their_masks_in_every_way_of_saving_them(tmp_pa
     soft = blocks(24, 20, values=(255,)) * 0.5 + noise(24, 20) / 9
     picture(tmp_path / "masks/e.png", soft.clip(0, 255))  # a mask that was saved with loss
     index = build_index(tmp_path, "xray", remember=False)
-    pairs = {"a": "a", "b": "b_mask", "c": "c", "d": "d", "e": "e"}
-    assert masks(index) == {f"images/{name}.png": f"masks/{mask}.png" for name, mask in pairs.items()}
+    pairs = {"a": "a", "b": "b_mask", "c": "c", "d": "d"}
+    masks_by_image = {f"images/{name}.png": f"masks/{mask}.png" for name, mask in pairs.items()}
+    assert masks(index) == masks_by_image | {"images/e.png": None}
+    assert reasons(index) == {"masks/e.png": "looks-like-label"}
+    assert "not with whole numbers of at most 64 classes" in index.rejected[0].detail
 
 
 # --- refused: several fit, none fits, another grid, no mask
@@ -168,6 +172,8 @@ def test_several_label_maps_of_one_image_are_refused_with_the_way_to_join_them(t
     details = {rejection.path: rejection.detail for rejection in index.rejected}
     assert details["x_liver_mask.nii.gz"].startswith("2 label maps fit its image; to use them, combine them")
     assert all("--labels (columns image, mask)" in detail for detail in details.values())
+    message = find_task("segmentation").describe_missing_targets(index)
+    assert "none of 3 images has a mask. 8 files are label maps that could not be joined to an image" in message
 
 
 @pytest.mark.parametrize(
