@@ -7,6 +7,7 @@ evaluate it on other cases: on the same cases, sensitivity and specificity would
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -76,6 +77,28 @@ def choose_threshold(scores: Array, positive: Array, sensitivity: float) -> floa
     return float(
         thresholds[np.argmax(sensitivities >= sensitivity - 1e-9)]
     )  # tolerance: 0.7 of ten cases are 7 in spite of rounding
+
+
+def compute_roc_curves(scores: Array, positive: Array, classes: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+    """Compute the ROC curve of each class against the rest.
+
+    Args:
+        scores: (N, K) scores.
+        positive: (N, K): 1 positive, 0 negative, NaN unknown.
+        classes: names of the K classes.
+
+    Returns:
+        False positive rates and sensitivities by class; a class without positive or negative cases has none.
+    """
+    from sklearn.metrics import roc_curve
+
+    curves = {}
+    for name, column, labels in zip(classes, scores.T, positive.T, strict=True):
+        is_known = np.isfinite(labels) & np.isfinite(column)
+        if len(np.unique(labels[is_known])) == 2:
+            false_positive_rates, sensitivities, _ = roc_curve(labels[is_known], column[is_known])
+            curves[name] = (false_positive_rates, sensitivities)
+    return curves
 
 
 def operating_point_statistics(scores: Array, positive: Array, threshold: float) -> dict[str, Statistic]:

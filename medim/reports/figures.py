@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from scipy.stats import binomtest
 
 from medim.reports.svg import INK, ONE, SOFT, TWO, Figure, draw_legend, open_canvas, render_svg
 from medim.types import Array
@@ -94,6 +95,8 @@ def line_plot(
         axes.set_ylabel(label)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the default one writes formulas
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if len(points_by_name) > 1:
             draw_legend(axes)
         svg = render_svg(canvas)
@@ -221,6 +224,9 @@ def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None,
     with open_canvas(3.2) as (canvas, axes):
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
         sizes = [20 + 180 * mask.mean() for _, mask in bin_masks]
+        intervals = [wilson_interval(int(is_correct[mask].sum()), int(mask.sum())) for _, mask in bin_masks]
+        for place, (low, high) in zip(x, intervals, strict=True):
+            axes.plot([place, place], [low, high], color=ONE, linewidth=2, alpha=0.4)
         axes.plot(x, y, color=ONE, linewidth=1.5)
         axes.scatter(x, y, s=sizes, color=ONE, alpha=0.7, linewidths=0)
         axes.set_xlim(0, 1.04)
@@ -229,7 +235,8 @@ def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None,
         axes.set_ylabel("share of correct predictions")
         svg = render_svg(canvas)
     description = "; ".join(
-        f"predicted {a:.2f}, correct {b:.2f} ({int(m.sum())})" for a, b, (_, m) in zip(x, y, bin_masks, strict=True)
+        f"predicted {a:.2f}, correct {b:.2f} ({low:.2f} to {high:.2f}; {int(m.sum())} images)"
+        for a, b, (low, high), (_, m) in zip(x, y, intervals, bin_masks, strict=True)
     )
     error = "" if ece is None else f" Expected calibration error {ece:.3f}."
     return Figure(svg, f"{description}.{error}", caption)
@@ -267,6 +274,41 @@ def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: s
     return Figure(
         svg, f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(descriptions) + ".", caption
     )
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927); trials are independent."""
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def roc_curve(curves: Mapping[str, tuple[Array, Array]], caption: str) -> Figure:
+    """Plot the sensitivity against 1 - specificity over all thresholds, one curve per class.
+
+    Args:
+        curves: false positive rates and sensitivities, both increasing from 0 to 1, by class.
+        caption: caption of the figure.
+    """
+    with open_canvas(3.4) as (canvas, axes):
+        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+        for number, (name, (false_positive_rates, sensitivities)) in enumerate(curves.items()):
+            style: Any = {"color": (ONE, TWO, INK)[number % 3], "linestyle": ("-", "--", ":")[number // 3 % 3]}
+            axes.plot(false_positive_rates, sensitivities, linewidth=1.8, label=name, **style)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("1 - specificity")
+        axes.set_ylabel("sensitivity")
+        if len(curves) > 1:
+            draw_legend(axes)
+        svg = render_svg(canvas)
+    descriptions = []
+    for name, (false_positive_rates, sensitivities) in curves.items():
+        points = [
+            f"{sensitivities[false_positive_rates <= share + 1e-9].max():.2f} at specificity {1 - share:.2f}"
+            for share in (0.05, 0.1, 0.2)
+        ]
+        descriptions.append(f"{name}: sensitivity {', '.join(points)}")
+    return Figure(svg, "; ".join(descriptions) + ".", caption)
 
 
 def format_interval(value: float | None, low: float | None, high: float | None) -> str:

@@ -39,7 +39,7 @@ from medim.reports.page import (
 from medim.reports.svg import Figure
 from medim.reports.training_curves import VERDICT_BANNERS, plot_health
 from medim.tasks import find_task_by_title
-from medim.tasks.task import AgreementPlot, Plot, StripPlot
+from medim.tasks.task import AgreementPlot, Plot, RocPlot, StripPlot
 from medim.types import UserError
 
 
@@ -232,6 +232,8 @@ def draw_plot(plot: Plot, metrics: Mapping[str, Any]) -> Figure:
     """Draw a plot of an evaluation."""
     if isinstance(plot, StripPlot):
         return figures.strip_plot(plot.values, plot.label, plot.title)
+    if isinstance(plot, RocPlot):
+        return figures.roc_curve(plot.curves, plot.title)
     if isinstance(plot, AgreementPlot):
         return figures.volume_scatter(plot.truth, plot.predicted, plot.title, plot.quantity)
     ece = metrics.get("ece", {}).get("value")

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from medim.data.index.index import ImageRecord, Index
+from medim.metrics.bootstrap import MetricEstimate, bootstrap_intervals
+from medim.metrics.ranking import choose_threshold, compute_roc_curves, operating_point_statistics
 from medim.tasks.regression import parse_number
 from medim.tasks.task import (
     AnswerRow,
@@ -17,13 +19,17 @@ from medim.tasks.task import (
     EvaluationDetails,
     LabelledCase,
     MaskSource,
+    Plot,
     ReliabilityPlot,
+    RocPlot,
     Task,
+    list_subjects,
 )
 from medim.types import Array, Volume
 
 TRUTH = "truth"  # metric in `results.parquet` that holds the number of the true class
 N_MISTAKES = 5
+OPERATING_SENSITIVITIES = (0.8, 0.9, 0.95)  # of the thresholds in the table of operating points
 MAX_RARE_CLASSES = 10  # more classes than this need two images each, and integers if they are numbers
 MAX_NUMBERS = 20  # more different numbers than this are measurements
 
@@ -121,9 +127,16 @@ class Classification(Task):
         if wrong:
             head = ("Image", "True class", "Predicted", "Probability")
             tables.append(CaseTable("The five most confident errors", head, wrong))
-        return EvaluationDetails(
-            [ReliabilityPlot(confidence, is_correct, "Calibration of the predicted probabilities")], tables
-        )
+        plots: list[Plot] = [ReliabilityPlot(confidence, is_correct, "Calibration of the predicted probabilities")]
+        shown = slice(1, 2) if len(classes) == 2 else slice(None)  # the curve of the first of two is the same, mirrored
+        is_class = np.eye(len(classes))[labels][:, shown]
+        if curves := compute_roc_curves(probabilities[:, shown], is_class, classes[shown]):
+            plots.insert(
+                0, RocPlot(curves, "ROC curve" + ("s, each class against the rest" if len(curves) > 1 else ""))
+            )
+        if len(classes) == 2 and curves and np.isfinite(probabilities).all():
+            tables.append(_tabulate_operating_points(probabilities[:, 1], labels == 1, classes[1], list_subjects(rows)))
+        return EvaluationDetails(plots, tables)
 
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
         """`class` and `probability_<class>`."""
@@ -163,6 +176,27 @@ class Classification(Task):
         probabilities, labels = self.study_arrays(columns, classes)
         score, predicted = probabilities[case, labels[case]], classes[int(probabilities[case].argmax())]
         return f"truth {classes[labels[case]]}, its probability {score:.3f}, predicted {predicted}"
+
+
+def _tabulate_operating_points(scores: Array, positive: Array, name: str, subjects: Sequence[str]) -> CaseTable:
+    """Sensitivity and specificity, with intervals over subjects, at 0.5 and at thresholds for given sensitivities."""
+    thresholds = {"0.5 (the more probable class)": 0.5}
+    for sensitivity in OPERATING_SENSITIVITIES:
+        threshold = choose_threshold(scores, positive, sensitivity)
+        thresholds[f"{threshold:.3g} (sensitivity of {100 * sensitivity:g} % on these images)"] = threshold
+    rows = []
+    for text, threshold in thresholds.items():
+        estimates = bootstrap_intervals(operating_point_statistics(scores, positive, threshold), subjects)
+        rows.append((text, *(_format_estimate(estimates[side]) for side in ("sensitivity", "specificity"))))
+    caption = f"Operating points for {name}; thresholds selected on these images are optimistic"
+    return CaseTable(caption, ("Threshold", "Sensitivity (95 % CI)", "Specificity (95 % CI)"), rows)
+
+
+def _format_estimate(estimate: MetricEstimate) -> str:
+    value, low, high = (estimate[key] for key in ("value", "ci_low", "ci_high"))
+    if value is None:
+        return "not defined"
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _find_class_count_error(index: Index) -> str | None:

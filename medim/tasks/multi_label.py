@@ -13,6 +13,7 @@ from medim.metrics import METRICS
 from medim.metrics.bootstrap import N_RESAMPLES, MetricEstimate, bootstrap_intervals
 from medim.metrics.metric import MetricFunction
 from medim.metrics.multi_label import mean_statistics, multi_label_metrics
+from medim.metrics.ranking import compute_roc_curves
 from medim.tasks.classification import probability_columns, unknown_label_error
 from medim.tasks.task import (
     AnswerRow,
@@ -21,6 +22,7 @@ from medim.tasks.task import (
     ColumnType,
     EvaluationDetails,
     LabelledCase,
+    RocPlot,
     Task,
     list_subjects,
     subtract_statistics,
@@ -110,10 +112,12 @@ class MultiLabel(Task):
 
     def describe_evaluation(self, rows: Sequence[CaseRow], classes: Sequence[str]) -> EvaluationDetails:
         """Images per finding and state."""
-        _, labels = self.case_arrays(rows, classes)
+        probabilities, labels = self.case_arrays(rows, classes)
         counts = [(name, *(f"{n:,}" for n in _count_states(labels[:, k]))) for k, name in enumerate(classes)]
         table = CaseTable("Labels per finding, images", ("Finding", "present", "absent", "unlabelled"), counts)
-        return EvaluationDetails(tables=[table])
+        curves = compute_roc_curves(probabilities, labels, classes)
+        plots = [RocPlot(curves, "ROC curves, one per finding")] if curves else []
+        return EvaluationDetails(plots=plots, tables=[table])
 
     def answer_columns(self, answer: Array, volume: Volume, classes: Sequence[str]) -> AnswerRow:
         """`probability_<finding>`."""

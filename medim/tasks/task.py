@@ -74,7 +74,20 @@ class ReliabilityPlot:
     title: str
 
 
-Plot = StripPlot | AgreementPlot | ReliabilityPlot
+@dataclass(frozen=True)
+class RocPlot:
+    """Receiver operating characteristic, one curve per class.
+
+    Attributes:
+        curves: false positive rates and sensitivities, both increasing from 0 to 1, by class.
+        title: title.
+    """
+
+    curves: Mapping[str, tuple[Array, Array]]
+    title: str
+
+
+Plot = StripPlot | AgreementPlot | ReliabilityPlot | RocPlot
 
 
 @dataclass(frozen=True)

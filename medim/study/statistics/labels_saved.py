@@ -150,7 +150,11 @@ def summary_sentence(result: LabelsSaved, verdict: ComparisonVerdict) -> str:
     label_text, _ = _format_label_count(result.labels)
     equivalent_text = _format_equivalent_labels(result.equivalent_labels)
     if verdict == "no evidence of a benefit":
-        return f"No evidence of a benefit with {label_text}: with the encoder you get {equivalent_text}."
+        estimate = result.equivalent_labels
+        return (
+            f"No evidence of a benefit with {label_text}. Point estimate: like {estimate.value} labels from scratch "
+            f"(95 % CI {estimate.low} to {estimate.high})."
+        )
     if verdict == "harm":
         return f"The encoder does harm: with {label_text} and the encoder you get {equivalent_text}."
     return f"With {label_text} and the encoder you get {equivalent_text}."

@@ -132,8 +132,13 @@ def test_the_sentence_says_no_more_than_the_verdict() -> None:
     clear = saved(10, CensoredValue(38.4), CensoredValue(21), CensoredValue(60))
     told = "With 10 labels and the encoder you get what 38 labels (21 to 60) give without."
     assert summary_sentence(clear, "benefit") == told
-    assert summary_sentence(clear, NONE).startswith(
-        "No evidence of a benefit with 10 labels: with the encoder you get what"
+    assert summary_sentence(clear, NONE) == (
+        "No evidence of a benefit with 10 labels. Point estimate: like 38 labels from scratch (95 % CI 21 to 60)."
+    )
+    beyond = CensoredValue(150, "more than")
+    assert summary_sentence(saved(10, beyond, CensoredValue(9), beyond), NONE) == (
+        "No evidence of a benefit with 10 labels. Point estimate: like more than 150 labels from scratch "
+        "(95 % CI 9 to more than 150)."
     )
     assert summary_sentence(clear, "harm").startswith("The encoder does harm: ")
 
