@@ -481,8 +481,9 @@ def as_class_numbers(values: Array) -> Array:
         numbers = as_float(values[start : start + step])
         with np.errstate(invalid="ignore"):
             labels[start : start + step] = numbers
-        if not np.array_equal(labels[start : start + step], numbers):
-            raise ReadError("not-a-mask", "expected integers from 0 to 65535, one per class")
+        if (is_wrong := labels[start : start + step] != numbers).any():
+            detail = f"expected integers from 0 to 65535, one per class; got {numbers[is_wrong][0]:g}"
+            raise ReadError("not-a-mask", detail)
     return narrow_class_numbers(labels)
 
 

@@ -360,7 +360,7 @@ def test_a_mask_holds_whole_numbers(tmp_path: Path) -> None:
     assert mask.array.dtype == np.uint8
     assert mask.array.max() == 2
     for name, value in (("half", 0.5), ("negative", -1.0), ("large", 65536.0), ("nan", np.nan)):
-        with pytest.raises(ReadError) as caught:
+        with pytest.raises(ReadError, match=f"got {value:g}") as caught:
             read_mask(write_nifti(tmp_path / f"{name}.nii", np.full((4, 5, 6), value, np.float32)))
         assert caught.value.reason == "not-a-mask"
 
