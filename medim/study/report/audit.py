@@ -80,13 +80,34 @@ def list_group_columns(study: StudyView) -> str:
 
 
 def _format_alarm(audit: AuditContent) -> str:
-    names = [f"{one['name']} (AUROC {one['prediction']['auroc']['value']:.3f})" for one in _select_alarming(audit)]
-    return f"The label can be predicted without the image content, from {' and '.join(names)}" if names else ""
+    names = _join_predictors(_select_alarming(audit))
+    return f"The label can be predicted without the image content, from {names}" if names else ""
+
+
+def _join_predictors(shortcuts: Sequence[ShortcutEntry]) -> str:
+    return " and ".join(f"{one['name']} (AUROC {one['prediction']['auroc']['value']:.3f})" for one in shortcuts)
+
+
+def _select_hidden(audit: AuditContent) -> list[ShortcutEntry]:
+    """Select the values of the files that the network does not see, but that predict the label as well as a model."""
+    level = _best_model_level(audit)
+    return [
+        one
+        for one in audit["shortcuts"]
+        if one["name"] not in VISIBLE_FEATURES
+        and one["prediction"]["above_chance"]
+        and _reaches_level(one["prediction"]["auroc"]["value"], level)
+    ]
+
+
+def _best_model_level(audit: AuditContent) -> float | None:
+    """Lower end of the interval of the AUROC of the best model."""
+    best = _best_model_auroc(audit)
+    return None if best is None else best["value"] if best["ci_low"] is None else best["ci_low"]
 
 
 def _select_alarming(audit: AuditContent) -> list[ShortcutEntry]:
-    best = _best_model_auroc(audit)
-    level = None if best is None else best["value"] if best["ci_low"] is None else best["ci_low"]
+    level = _best_model_level(audit)
     visible = [one for one in audit["shortcuts"] if one["name"] in VISIBLE_FEATURES]
     return [
         one
@@ -113,9 +134,15 @@ def _build_audit_banner(audit: AuditContent) -> Banner:
         return Banner("care", alarm_text, f"The models may have learnt only this shortcut. {places_text}")
     if not audit["shortcuts"]:
         return Banner("plain", "Groups and near-duplicates", f"Shortcuts were not tested. {places_text}")
+    if file_text := _join_predictors(_select_hidden(audit)):
+        best = _best_model_auroc(audit)
+        assert best is not None
+        text = f"The best model has {format_metric(best)}. The network does not see these values: those of its input "
+        text += f"predict the label less well. They show how the classes were collected. {places_text}"
+        return Banner("care", f"The files predict the label as well as the best model, by {file_text}", text)
     text = "Size and padding of the network input do not predict the label better than chance"
     text += (
-        f"; intensities predict it less well than the best model. {places_text}"
+        f"; intensities, of the file and of the network input, predict it less well than the best model. {places_text}"
         if _best_model_auroc(audit)
         else f". {places_text}"
     )

@@ -262,7 +262,7 @@ def test_contamination_takes_the_green_from_a_benefit(study_of: Study, counts: A
     ("auroc", "state", "said"),
     [
         ({}, "good", ""),
-        ({"raw_size": 0.8, "raw_intensity": 0.95, "input_intensity": 0.8}, "good", ""),  # less than the model
+        ({"raw_size": 0.8, "raw_intensity": 0.8, "input_intensity": 0.8}, "good", ""),  # less than the model
         ({"padding": 0.6}, "care", "can be predicted without the image content, from padding (AUROC 0.600)"),
         ({"input_intensity": 0.88}, "care", "from input intensity (AUROC 0.880)"),  # as well as the model
     ],
@@ -278,6 +278,19 @@ def test_a_shortcut_takes_the_green_from_a_benefit_where_it_may_be_all_that_was_
         assert said in " ".join(banner(html, section))
     assert f"{auroc.get('raw_size', 0.5):.3f} (" in html.split("AUROC of the image size alone")[1][:200]
     assert "the best model 0.900 (0.850 to 0.950)" in html
+
+
+def test_files_that_predict_the_label_are_amber_though_the_network_does_not_see_them(study_of: Study) -> None:
+    folder = study_of(0.1)
+    write_json(folder / "audit.json", audit_of(raw_intensity=0.95, input_intensity=0.8))
+    html = write_study_page(folder).read_text()
+    state, headline, text = banner(html, "leaks")
+    assert (state, headline) == (
+        "care",
+        "The files predict the label as well as the best model, by raw intensity (AUROC 0.950)",
+    )
+    assert "The best model has 0.900 (0.850 to 0.950). The network does not see these values" in text
+    assert banner(html, "verdict")[0] == "good"
 
 
 def test_the_audit_stands_on_the_page_with_its_figure_groups_and_look_alikes(study_of: Study) -> None:
