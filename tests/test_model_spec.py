@@ -78,3 +78,14 @@ def test_the_keys_of_the_file_work_for_one_more_release_with_a_warning() -> None
         assert spec["preprocessing"] == [{"op": "ras"}]
     with pytest.warns(DeprecationWarning, match="no_such_key"), pytest.raises(KeyError):
         spec["no_such_key"]
+
+
+def test_the_values_of_the_classes_are_kept_and_one_for_each_class() -> None:
+    content = {**MODEL, "class_values": [1, 2035]}
+    spec = ModelSpec.from_json(content, "x.json")
+    assert spec.class_values == (1, 2035)
+    assert spec.to_json()["class_values"] == [1, 2035]
+    assert ModelSpec.from_json(MODEL, "x.json").class_values == ()  # of an earlier version: numbers are values
+    for values in ([1], [4, 1], [0, 1], [1, 1], [1, 70_000]):
+        with pytest.raises(UserError, match=r"class_values"):
+            ModelSpec.from_json({**MODEL, "class_values": values}, "x.json")

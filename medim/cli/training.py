@@ -305,7 +305,7 @@ def sync(
 
 def _format_labels(summary: FinetuneSummary) -> dict[str, str]:
     """Format the number of labelled images, and the classes with their numbers of images."""
-    counts = [f"{name} {count['train']} + {count['val']}" for name, count in summary["classes"].items()]
+    counts = [f"{name} {count['train']} + {count['val']}" for name, count in summary["class_images"].items()]
     classes = {"classes": f"{len(counts)}, with training + validation images: {', '.join(counts)}"} if counts else {}
     return {"labelled images": str(summary["n_labelled"]), **classes}
 

@@ -17,7 +17,13 @@ from monai.bundle.config_parser import ConfigParser
 
 from medim.export import monai_native
 from medim.export.export import export
-from medim.export.monai_bundle import CHECKPOINT, INFERENCE, METADATA, build_inference_config
+from medim.export.monai_bundle import (
+    CHECKPOINT,
+    INFERENCE,
+    METADATA,
+    _build_value_mapping,
+    build_inference_config,
+)
 from medim.export.monai_native import check_monai_preprocessing, to_monai_transforms
 from medim.export.offline import network_isolation_command
 from medim.models.serialization import load_model
@@ -156,3 +162,11 @@ def test_monai_runs_the_bundle_without_a_network_and_answers_as_we_do(
     else:
         values = [float(value) for value in answer.read_text().strip().split(",")[1:]]
         np.testing.assert_allclose(values, package(volume), atol=1e-5)
+
+
+def test_the_bundle_writes_the_values_of_the_mask_files() -> None:
+    (section,) = _build_value_mapping((1, 2035))
+    transform: Any = ConfigParser({"mapping": section}).get_parsed_content("mapping")
+    mapped = transform({"pred": torch.tensor([[[0.0, 1.0, 2.0, 1.0]]])})["pred"]
+    assert mapped.tolist() == [[[0, 1, 2035, 1]]]
+    assert _build_value_mapping((1, 2)) == _build_value_mapping(()) == []

@@ -79,3 +79,14 @@ def test_codes_and_rules_stand_in_the_contract(packages: dict[str, Package]) -> 
     assert [label.name for label in contract.labels] == list(contract.classes)
     assert contract.dicom_in.modality == ("MR",)
     assert packages["classifier"].contract.labels == ()
+
+
+def test_the_index_of_a_code_may_be_the_value_of_the_class_in_mask_files(tmp_path: Path) -> None:
+    whole = content()
+    for label, value in zip(whole["labels"], (1, 4), strict=True):
+        label["index"] = value
+    (tmp_path / "labels.json").write_text(json.dumps(whole))
+    labels = read_label_codes(tmp_path / "labels.json", CLASSES, "segmenter", (1, 4))
+    assert [label.index for label in labels] == [1, 2]  # segments of DICOM are numbered without gaps
+    with pytest.raises(UserError, match="expected the classes"):
+        read_label_codes(tmp_path / "labels.json", CLASSES, "segmenter", (1, 5))

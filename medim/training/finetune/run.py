@@ -402,7 +402,7 @@ def _build_finetune_summary(
         "init": "pretrained" if run.spec.provenance.parent else "scratch",
         "n_labelled": len(run.data.train),
         "n_selection_labels": run.spec.n_selection_labels,
-        "classes": _count_classes(run),
+        "class_images": _count_classes(run),
         "class_weights": _describe_class_weights(run),
         "n_unlabelled": len(cohort.index.records) - len(cohort.keys) - len(cohort.rejections),
         "steps": module.global_step,

@@ -26,7 +26,7 @@ class FinetuneSummary(TypedDict):
     """Content of `summary.json`.
 
     Attributes:
-        classes: number of training and of validation images with each class; empty where the targets are no classes.
+        class_images: number of training and of validation images with each class; empty if targets are no classes.
         class_weights: weights of the classes in the loss, by name; None if the head has none.
         val: evaluation on the validation split; None if the split is empty.
         lost_classes: fraction of the labels that the model finds, by class, if it is below a tenth; see
@@ -39,7 +39,7 @@ class FinetuneSummary(TypedDict):
     init: str
     n_labelled: int
     n_selection_labels: int
-    classes: dict[str, ClassCounts]
+    class_images: dict[str, ClassCounts]
     class_weights: dict[str, float] | None
     n_unlabelled: int
     steps: int

@@ -23,7 +23,7 @@ from medim.package.label_codes import LabelCode
 from medim.package.package import Package
 from medim.predict.dicom import source as headers
 from medim.predict.dicom.equipment import Equipment
-from medim.predict.dicom.segmentation import read_frame_labels
+from medim.predict.dicom.segmentation import _describe_segment, read_frame_labels
 from medim.predict.dicom.source import COPIED_KEYWORDS, TYPE_2, DicomSource, read_dicom_source
 from medim.predict.dicom.structured_report import (
     build_probabilities_report,
@@ -524,3 +524,15 @@ def test_what_cannot_be_answered_in_dicom_is_told_before_anything_is_written(
     with pytest.raises(UsageError, match="--format dicom"):
         predict(package, tmp_path, tmp_path / "out", labelmap=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_segment_states_the_value_of_its_class_in_mask_files(packages: dict[str, Package]) -> None:
+    contract = packages["segmenter"].contract
+    architecture = {**contract.architecture, "class_values": [3, 2035]}
+    equipment = Equipment(contract.model_copy(update={"architecture": architecture}), packages["segmenter"].sha256)
+    segments = [_describe_segment(label, equipment) for label in contract.labels]
+    assert [segment.SegmentNumber for segment in segments] == [1, 2]
+    assert [segment.SegmentDescription for segment in segments] == [
+        "value 3 in mask files", "value 2035 in mask files"
+    ]  # fmt: skip
+    assert "SegmentDescription" not in _describe_segment(contract.labels[0], Equipment(contract, "0" * 64))

@@ -54,7 +54,7 @@ def test_values_are_classes_and_come_back_and_what_nobody_labelled_counts_nowher
     }
     config = finetune_config.model_copy(update=update)
     summary = finetune(config, index, tmp_path / "run", store=tmp_path / "store")
-    assert {name: sum(count.values()) for name, count in summary["classes"].items()} == {
+    assert {name: sum(count.values()) for name, count in summary["class_images"].items()} == {
         "shell": 8, "absent": 0, "core": 8
     }  # fmt: skip
     assert summary["val"] is not None
