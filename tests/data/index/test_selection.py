@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from medim.cli import app
+from medim.cli.sources import read_source
 from medim.data.index.index import Index, build_index
 from medim.data.index.records import ImageRecord
 from medim.data.index.selection import parse_condition
@@ -134,11 +136,12 @@ def test_the_commands_select_images_and_check_the_condition_before_they_read(tmp
     assert done.exit_code == 0, done.output
     assert "4 files: 2 images of 2 subjects, 2 left out" in done.output
     assert [record.sequence for record in Index.read(tmp_path / "i").records] == ["T2w", "T2w"]
-    for wrong in (
-        command,
-        ["finetune", "--task", "classification", "--modality", "mri", "--data", str(tmp_path / "no")],
-    ):
-        refused = CliRunner().invoke(app, [*wrong, "--where", "sequnce=T2w", "--out", str(tmp_path / "o")])
-        assert refused.exit_code == 2
-        assert "Did you mean 'sequence'" in refused.output
-        assert not (tmp_path / "o").exists()
+    refused = CliRunner().invoke(app, [*command, "--where", "sequnce=T2w", "--out", str(tmp_path / "o")])
+    assert refused.exit_code == 2
+    assert "Did you mean 'sequence'" in refused.output
+    assert not (tmp_path / "o").exists()
+    arguments = SimpleNamespace(data=tmp_path / "no", where="sequnce=T2w")
+    with pytest.raises(UsageError, match="Did you mean 'sequence'"):
+        read_source(arguments, "mri")
+    arguments = SimpleNamespace(data=tmp_path / "i", where="sequence=T2w", split_seed=0)
+    assert len(read_source(arguments, "mri")[0].records) == 2

@@ -335,9 +335,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
     assert (undisturbed / "summary.json").is_file()
 
 
-def test_a_single_training_subject_is_refused(
-    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path
+def test_a_single_training_subject_is_refused_before_images_are_preprocessed(
+    pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("medim.training.pretrain.run.open_cohort", lambda *_, **__: pytest.fail("preprocessed"))
     few = Index(
         root=cohort_index.root,
         modality="mri",
