@@ -23,7 +23,6 @@ from medim.data.readers.base import (
     check_length,
     check_memory,
     fill_padding,
-    narrow_class_numbers,
     ras_grid,
 )
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
@@ -193,17 +192,23 @@ def _read_one_volume(path: Path, header: NiftiHeader, item: str | None, *, as_ma
     if item is not None and not (last and item.isdecimal() and int(item) <= last):
         names = f"0 to {last}" if last else "one volume, without a number"
         raise ReadError("no-such-item", f"no volume '{item}' in the file; it has {names}")
-    is_byte = header.dtype.kind == "u" and header.dtype.itemsize == 1 and header.scaling == (1.0, 0.0)
-    dtype = (np.uint8 if is_byte else np.uint16) if as_mask else np.float32
+    dtype = np.uint8 if as_mask else np.float32  # a mask is widened if it has a value above 255
     check_memory(header.data_bytes // header.volumes // header.dtype.itemsize * np.dtype(dtype).itemsize)
     volume, grid = allocate_volume(header.shape, header.affine, dtype)
     wanted = int(item or 0)
     for number, start, stored_values in _iterate_layers(path, header, wanted):
-        if number == wanted:
-            values = _scale_values(stored_values, header)
-            grid[..., start : start + len(values)] = (as_class_numbers(values) if as_mask else values).T
+        if number != wanted:
+            continue
+        values = _scale_values(stored_values, header)
+        if as_mask:
+            values = as_class_numbers(values)
+            if values.itemsize > grid.itemsize:
+                narrow_grid = grid
+                volume, grid = allocate_volume(header.shape, header.affine, np.uint16)
+                grid[..., :start] = narrow_grid[..., :start]
+        grid[..., start : start + len(values)] = values.T
     if as_mask:
-        return volume.with_array(narrow_class_numbers(volume.array))
+        return volume
     if header.dtype.kind == "f":
         fill_padding(volume.array[0])
     return volume

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medim.data.readers import DICOM, ReadError, find_reader, read_mask, read_volume
+from medim.data.readers import DICOM, ReadError, find_reader, nifti, read_mask, read_volume
 from medim.data.readers.inspection import FileInspection
 from medim.data.readers.nifti import NiftiReader
 from tests.data.synthetic import noise, scan, write_nifti, write_series
@@ -371,3 +371,14 @@ def test_a_real_crop_is_read_as_nibabel_has_it(shared_data: Path) -> None:
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.array[0], image.get_fdata(dtype=np.float32))
     np.testing.assert_array_equal(volume.affine, image.affine)
+
+
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_mask_of_large_values_keeps_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Layers are read in chunks: the first value above 255 may come late."""
+    monkeypatch.setattr(nifti, "CHUNK_BYTES", 1)
+    array = (noise(4, 5, 6) % 4).astype(np.int16)
+    array[1, 2, place] = 2035
+    mask = read_mask(write_nifti(tmp_path / "a.nii.gz", array))
+    assert mask.array.dtype == np.uint16
+    np.testing.assert_array_equal(mask.array[0], array)
