@@ -328,7 +328,7 @@ def suggest_sizes(
     stride = coarsest_stride(config.encoder, config.spatial_dims)
     factor = max(0.0, voxels) ** (1 / config.spatial_dims)
     sides = [int(n * factor / stride) * stride for n in config.views.shape]
-    limits = [-(-side // stride) * stride for side in image_shape] or sides
+    limits = [side // stride * stride for side in image_shape] or sides
     shape = list(config.views.shape)
     limited = [min(side, max(limit, n)) for side, limit, n in zip(sides, limits, shape, strict=True)]
     is_useful = min(limited) >= 2 * stride and (limited != shape or sides == shape)

@@ -147,7 +147,7 @@ def test_no_views_larger_than_the_images_are_suggested(pretrain_config: Pretrain
         return predict_costs(pretrain_config, trial, 4, *parts, free_bytes=there())["suggestions"]["views"]
 
     assert suggest((16, 16, 16)) is None, "the views have the size of the images"
-    assert suggest((20, 18, 16)) == [20, 20, 16], "padded to the stride of the encoder"
+    assert suggest((20, 18, 16)) == [20, 16, 16], "in multiples of the stride of the encoder"
     assert suggest((100, 100, 100)) == suggest(()) != None  # noqa: E711
 
 
