@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +43,7 @@ from medim.cli.terminal import format_intervals, format_loss, format_or_dash, pr
 from medim.console.progress import format_duration
 from medim.signals import handle_shutdown_signals
 from medim.tasks import TASK_OPTIONS
-from medim.types import UsageError
+from medim.types import UsageError, UserError
 
 if TYPE_CHECKING:
     from medim.training.finetune.summary import FinetuneSummary
@@ -109,9 +111,9 @@ def pretrain(arguments: PretrainArguments) -> None:
     )
     summary = run(settings, image_index, folder, options)
     if is_main_process():
-        print_result(
-            "pretrain", _format_pretraining(summary) | describe_input(settings, image_index) | {"written to": folder}
-        )
+        with _check_summary(folder, is_resumed=arguments.resume):
+            lines = _format_pretraining(summary)
+        print_result("pretrain", lines | describe_input(settings, image_index) | {"written to": folder})
 
 
 def _format_pretraining(summary: dict[str, Any]) -> dict[str, Any]:
@@ -217,18 +219,30 @@ def finetune(arguments: FinetuneArguments) -> None:
     image_index, store = read_source(arguments, settings.modality, out=arguments.out)
     settings = resolve_finetune_config(*config_args, index=image_index)
     summary = run(settings, image_index, arguments.out, options, store=store)
-    print_result(
-        "finetune",
-        {
-            **_format_labels(summary),
-            "start": summary["init"],
-            **({} if summary["init"] == "scratch" else describe_contamination(summary["contamination"])),
-            **describe_input(settings, image_index),
-            **format_intervals(summary["val"] or {}),
-            "written to": arguments.out,
-            **_suggest_comparison(arguments.out),
-        },
-    )
+    with _check_summary(arguments.out, is_resumed=arguments.resume):
+        start = {"start": summary["init"]}
+        contamination = {} if summary["init"] == "scratch" else describe_contamination(summary["contamination"])
+        lines = {**_format_labels(summary), **start, **contamination, **describe_input(settings, image_index)}
+        lines |= format_intervals(summary["val"] or {})
+    print_result("finetune", {**lines, "written to": arguments.out, **_suggest_comparison(arguments.out)})
+
+
+@contextmanager
+def _check_summary(out: Path, *, is_resumed: bool) -> Iterator[None]:
+    """Report a damaged summary of a finished run, whose lines are formatted inside the block.
+
+    Raises:
+        UserError: a value is missing or of another type, and the run was finished before this command.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if not is_resumed:
+            raise
+        raise UserError(
+            f"{out / 'summary.json'}: expected the summary of a finished run, which is damaged. Delete this file and "
+            "run the command again."
+        ) from error
 
 
 def _suggest_comparison(out: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from medim.cli.package import _format_gates
-from medim.cli.training import _suggest_comparison
+from medim.cli.training import _check_summary, _suggest_comparison
 from medim.export.export import _open_package_folder
 from medim.package.gate import gate_result, skip_gate
 from medim.package.label_codes import read_label_codes
@@ -42,3 +42,13 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_exported(tm
         _open_package_folder(tmp_path / "file" / "package", overwrite=False),
     ):
         pytest.fail("the export was begun")
+
+
+def test_a_damaged_summary_of_a_finished_run_is_reported_in_one_sentence(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"summary\.json: expected the summary of a finished run, which is damaged"),
+        _check_summary(tmp_path, is_resumed=True),
+    ):
+        raise KeyError("verdict")
+    with pytest.raises(KeyError), _check_summary(tmp_path, is_resumed=False):
+        raise KeyError("verdict")

@@ -92,7 +92,7 @@ def test_a_plan_that_does_not_fit_leaves_with_one_sentence(pictures: Path, monke
     ("options", "code", "message"),
     [
         (["--data", "."], 2, "--modality: mri or xray is required"),
-        (["--config", "xray-29"], 2, "Did you mean 'xray-28'?"),
+        (["--config", "xray-29"], 2, "Did you mean 'xray-28' or 'xray'?"),
         (["--config", "xray-28", "--modality", "mri"], 1, "this configuration is for xray"),
         (["--config", "xray-28"], 1, "X-rays have no built-in cohort"),
         (["--config", "test-2d-local-dim", "--set", "gradient_cache_chunk=0"], 2, "gradient_cache_chunk"),
