@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from medim.files import json_sha256
+from medim.neutral_names import is_neutral_name
 from medim.parsing import MAX_NUMBER, MAX_YAML_BYTES, find_extreme_number, parse_yaml, read_text
 from medim.renamed_keys import RUN, translate_config, translate_item, translate_preset, translate_section
 from medim.types import Modality, UsageError, UserError
@@ -297,10 +298,21 @@ def _read_extended(command: Command, name_or_path: str, ancestors: tuple[str, ..
         extended = _read_extended(command, str(base), (*ancestors, path.stem, str(path)))
         views = {**extended.get("views", {}), **content["views"]} if isinstance(content.get("views"), dict) else None
         inherits_warmup = "warmup_steps" not in content
-        content = {**extended, "name": path.stem, **content, **({"views": views} if views else {})}
+        content = {
+            **extended,
+            "name": _name_config(path, preset_paths),
+            **content,
+            **({"views": views} if views else {}),
+        }
         if inherits_warmup:
             _shorten_warmup(content)
-    return {"name": path.stem, **content}
+    return {"name": _name_config(path, preset_paths), **content}
+
+
+def _name_config(path: Path, preset_paths: Mapping[str, Path]) -> str:
+    """Name a configuration after its file, unless the file may be named after a person: specs and MLflow show it."""
+    is_preset = path in preset_paths.values()
+    return path.stem if is_preset or is_neutral_name(path.stem) else "config"
 
 
 def read_yaml_mapping(path: Path) -> Section:

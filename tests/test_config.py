@@ -86,6 +86,13 @@ def shipped(command: Command, name: str) -> RunConfig:
     return check_config(command, resolve_auto(content, *USUAL_SIZES[content["modality"]]), source=name)
 
 
+def test_a_configuration_file_that_may_be_named_after_a_person_has_a_neutral_name(tmp_path: Path) -> None:
+    for stem, name in (("Osterwind_export", "config"), ("mri_crop_2", "mri_crop_2"), ("1943-02-12", "config")):
+        (tmp_path / f"{stem}.yaml").write_text("extends: test-2d-local-dim\n")
+        assert load_config("pretrain", str(tmp_path / f"{stem}.yaml")).name == name
+    assert all(load_config("pretrain", name).name == name for name in list_presets("pretrain"))
+
+
 # --- whole files
 
 
@@ -100,7 +107,7 @@ def test_a_shipped_preset_is_complete_and_carries_its_name(command: Command, nam
 def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command, name: str) -> None:
     config = shipped(command, name)
     encoder = ("in_channels", "spatial_dims", "input_shape", "encoders")
-    of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields")
+    of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields", "origins", "strides")
     of_images = ("in_channels", "decoded_channels", "view_count", "aligned")
     validate_section(ENCODERS, config.encoder, run_args=encoder)
     if isinstance(config, PretrainConfig):
@@ -174,7 +181,7 @@ def test_a_file_that_extends_a_preset_says_only_what_differs(tmp_path: Path) -> 
     path = tmp_path / "mine.yaml"
     path.write_text("extends: xray-28\nviews: {count: 1}\nobjectives: [{name: local_dim}]\n")
     base, mine = read_config("pretrain", "xray-28"), read_config("pretrain", str(path))
-    assert mine["name"] == "mine"
+    assert mine["name"] == "config"
     assert mine["views"] == {**base["views"], "count": 1}
     assert mine["objectives"] == [{"name": "local_dim"}]
     assert {**mine, "name": 0, "views": 0, "objectives": 0} == {**base, "name": 0, "views": 0, "objectives": 0}

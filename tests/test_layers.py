@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "neutral_names": frozenset(),
     "privacy": frozenset({"types", "files", "neutral_names"}),
     "renamed_keys": frozenset({"types"}),
-    "config": frozenset({"types", "parsing", "files", "renamed_keys"}),
+    "config": frozenset({"types", "parsing", "files", "neutral_names", "renamed_keys"}),
     "model_spec": frozenset({"types", "files", "config", "migrations"}),
     "data/labels": GROUND,
     "data/mask_classes": GROUND,

@@ -310,11 +310,22 @@ def sync(
 ) -> None:
     """Send unsent tracking records of runs to MLflow.
 
-    Records are unsent if the MLflow server was not reachable during the run.
+    Records are unsent if the MLflow server was not reachable during the run. If a run fails, the others are sent.
     """
     from medim.tracking.tracking import sync_pending
 
-    print_result("sync", {str(run): f"{sync_pending(run)} records sent" for run in runs})
+    results, errors = {}, []
+    for run in runs:
+        try:
+            results[str(run)] = f"{sync_pending(run)} records sent"
+        except UsageError:  # tracking is off
+            raise
+        except UserError as error:
+            results[str(run)] = "not sent"
+            errors.append(str(error))
+    print_result("sync", results)
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def _format_labels(summary: FinetuneSummary) -> dict[str, str]:

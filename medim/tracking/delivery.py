@@ -28,13 +28,16 @@ REJECTION_CODES = {
 }
 
 
-def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
+def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> int:
     """Send records in order, and acknowledge each record that arrived.
 
     Args:
         outbox: outbox of the records.
         records: records whose first key is the kind: `run`, `params`, `metrics`, `tags`, `table`, `text`,
             `artifact`, `dataset`, `sources`, `weights`, `model`, `package` or `end`.
+
+    Returns:
+        Number of records that the server rejected permanently.
 
     Raises:
         Exception: of any kind, if the server did not accept the records. A record that the server rejects permanently
@@ -46,11 +49,12 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
     client = MlflowClient(tracking_uri=tracking_uri())
     numbers: list[Metric] = []
     n_pending = 0
+    rejections: list[int] = []  # numbers of records
 
     def flush_metrics() -> None:
         """Send the collected metrics, 1,000 numbers per request, and acknowledge their records."""
         nonlocal numbers, n_pending
-        with _skip_rejected("metrics"):
+        with _skip_rejected("metrics", rejections, n_pending):
             for start in range(0, len(numbers), 1000):
                 client.log_batch(outbox.state["run"], metrics=numbers[start : start + 1000])
         outbox.acknowledge(n_pending)
@@ -64,16 +68,17 @@ def send(outbox: Outbox, records: Sequence[OutboxRecord]) -> None:
         if n_pending:
             flush_metrics()
         is_required = "run" in record or "package" in record  # a registration was asked for by name
-        with nullcontext() if is_required else _skip_rejected(next(iter(record))):
+        with nullcontext() if is_required else _skip_rejected(next(iter(record)), rejections):
             _send_record(client, outbox, record)
         outbox.acknowledge(1)
     if n_pending:
         flush_metrics()
+    return sum(rejections)
 
 
 @contextmanager
-def _skip_rejected(kind: str) -> Iterator[None]:
-    """Log and skip a record that can never be sent: rejected by the server, file missing, or library missing."""
+def _skip_rejected(kind: str, rejections: list[int], count: int = 1) -> Iterator[None]:
+    """Log, count and skip records that can never be sent: rejected by the server, file missing, or library missing."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -81,6 +86,7 @@ def _skip_rejected(kind: str) -> Iterator[None]:
     except (MlflowException, UserError, FileNotFoundError, ImportError) as error:
         if isinstance(error, MlflowException) and error.error_code not in REJECTION_CODES:
             raise
+        rejections.append(count)
         log.warning("tracking: %s was rejected and left out (%s)", kind, format_server_error(error))
 
 

@@ -21,7 +21,7 @@ from medim.types import UserError
 
 log = logging.getLogger(__name__)
 OutboxRecord = dict[str, Any]
-SendFunction = Callable[["Outbox", list[OutboxRecord]], None]
+SendFunction = Callable[["Outbox", list[OutboxRecord]], object]
 RECORDS, STATE = "mlflow.jsonl", "mlflow.json"
 EVERY_SECONDS = 2.0  # between two deliveries, or two attempts
 BATCH_SIZE = 200  # records per delivery

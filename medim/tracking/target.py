@@ -59,6 +59,7 @@ def check_target(resume_folder: Path | None = None) -> None:
     set_short_timeouts()
     uri = tracking_uri()
     uri_parts = urlsplit(uri)
+    check_uri_form(uri)
     try:
         if uri_parts.scheme in {"http", "https"}:
             port = uri_parts.port or (443 if uri_parts.scheme == "https" else 80)
@@ -81,6 +82,28 @@ def check_target(resume_folder: Path | None = None) -> None:
             )
             return
         raise convert_server_error(error) from error
+
+
+def check_uri_form(uri: str) -> None:
+    """Refuse URIs for which MLflow keeps nothing, or fails late.
+
+    Raises:
+        UserError: the URI has no scheme, or is that of a database in memory.
+    """
+    scheme, _, location = uri.partition("://")
+    if uri in {"databricks", "uc"} or uri.startswith(("databricks:", "uc:")):
+        remedy = "which is a service outside your site. Give the address of an MLflow server or database"
+        raise UserError(f"MLFLOW_TRACKING_URI={uri}: Databricks is not supported, {remedy}.")
+    if not _ or not scheme:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={_format_uri()}: expected an address such as http://SERVER:5000 or "
+            "sqlite:////FOLDER/mlflow.db. Correct it, or unset it to track in a local file."
+        )
+    if scheme.startswith("sqlite") and location.lstrip("/") in {"", ":memory:"}:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={uri}: this database is in memory only, so nothing would be kept. Give a file, as in "
+            "sqlite:////FOLDER/mlflow.db."
+        )
 
 
 def convert_server_error(error: Exception) -> UserError:

@@ -26,9 +26,11 @@ from medim.tracking.lineage import STUDY_EXPERIMENT, Source
 from medim.tracking.outbox import RECORDS, STATE, Outbox, OutboxSender, format_server_error
 from medim.tracking.target import (
     SWITCH,
+    check_uri_form,
     convert_server_error,
     forward_logs,
     is_tracking_enabled,
+    prepare_database,
     set_short_timeouts,
     tracking_uri,
 )
@@ -235,18 +237,20 @@ def sync_pending(out: Path) -> int:
         if (out / STATE).is_file():  # all records were sent
             return 0
         raise UserError(f"{out}: expected the folder of a tracked run, with {RECORDS}. Use the folder of a run.")
+    check_uri_form(tracking_uri())
     forward_logs()
     set_short_timeouts()
     n_sent = 0
     with closing(Outbox(out, folder)) as outbox:
         while records := outbox.pending(200):
             try:
-                send(outbox, records)
+                prepare_database(tracking_uri())
+                n_rejected = send(outbox, records)
             except Exception as error:  # as in `OutboxSender`: MLflow raises many kinds
                 raise UserError(
                     f"{out}: the tracking server does not accept records ({format_server_error(error)}). They are kept."
                 ) from error
-            n_sent += len(records)
+            n_sent += len(records) - n_rejected
     if folder != out:
         shutil.rmtree(folder, ignore_errors=True)
     return n_sent

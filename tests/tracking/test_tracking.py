@@ -50,6 +50,47 @@ def test_a_target_of_no_known_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -
         check_target()
 
 
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("sqlite://", "in memory only, so nothing would be kept"),
+        ("sqlite:///:memory:", "in memory only, so nothing would be kept"),
+        ("databricks", "Databricks is not supported"),
+        ("databricks://profile", "Databricks is not supported"),
+        ("mlflow.example.org:5000", "expected an address such as http://SERVER:5000"),
+        ("mlruns", "expected an address such as http://SERVER:5000"),
+    ],
+)
+def test_a_target_that_keeps_nothing_or_fails_late_is_refused(
+    uri: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=text):
+        check_target()
+    Outbox(tmp_path).add({"end": "FINISHED"})
+    with pytest.raises(UserError, match=text):
+        sync_pending(tmp_path)
+
+
+def test_sync_goes_on_after_a_run_that_fails_and_creates_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
+    for name in ("empty", "left"):
+        (tmp_path / name).mkdir()
+    outbox = Outbox(tmp_path / "left")
+    outbox.add({"run": {"experiment": "medim-pretrain", "name": "left", "tags": {}}})
+    outbox.add({"artifact": "gone.txt", "to": ""})
+    outbox.add({"end": "FINISHED"})
+    result = CliRunner().invoke(app, ["sync", str(tmp_path / "empty"), str(tmp_path / "left")])
+    output = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert "empty not sent" in output
+    assert "left 2 records sent" in output  # the third one is of a file that is gone
+    assert "expected the folder of a tracked run" in output
+    assert (tmp_path / "new.db").is_file()
+
+
 @pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + bytes(84) + b"\xff" * 4000])
 def test_a_damaged_database_is_refused_by_name(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mlflow.db").write_bytes(content)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medim.config import FinetuneConfig
 from medim.data.index.index import AllRejectedError, ImageRecord
 from medim.data.loading.cohort import Cohort
 from medim.evaluation.cases import score_cases
@@ -52,23 +53,34 @@ def find_lost_classes(
 
 
 def warn_of_lost_classes(
-    lost: Mapping[str, float], cohort: Cohort, train: Sequence[ImageRecord], spec: ModelSpec, steps: int
+    lost: Mapping[str, float], cohort: Cohort, train: Sequence[ImageRecord], spec: ModelSpec, config: FinetuneConfig
 ) -> None:
-    """Log a warning with advice for each lost class."""
+    """Log a warning with advice for each lost class, by options that the configuration does not use yet."""
     if not lost:
         return
     task = find_task_of_kind(spec.kind)
     counts = task.count_targets(train, spec.classes, cohort.read_mask)
     for name, recall in lost.items():
         is_labelled = counts[task.first_class_index + spec.classes.index(name)] > 0
-        options = ", head.dice and views.foreground_share" if task.dense else " and balanced_batches"
+        options = _list_unused_options(config, is_dense=task.dense)
+        rare_text = f"; for rare classes, see also {', '.join(options)}" if options else ""
         advice = (
-            f"It was probably not trained long enough: increase max_steps (now {steps}); for rare classes, see also "
-            f"head.class_weights{options}"
+            f"It was probably not trained long enough: increase max_steps (now {config.max_steps}){rare_text}"
             if is_labelled
             else "No labelled training image has this class: label some that have it, or use more labels"
         )
         log.warning("class %s: the model finds %s of its labels. %s", name, format_recall(recall), advice)
+
+
+def _list_unused_options(config: FinetuneConfig, *, is_dense: bool) -> list[str]:
+    """List the options for rare classes that a configuration leaves at their defaults."""
+    is_set = {"head.class_weights": config.head.get("class_weights") is not None}
+    if is_dense:
+        is_set["head.dice"] = config.head.get("dice") == "image"
+        is_set["views.foreground_share"] = config.views.foreground_share > 0
+    else:
+        is_set["balanced_batches"] = config.balanced_batches
+    return [name for name, value in is_set.items() if not value]
 
 
 def _select_records(

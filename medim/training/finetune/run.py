@@ -148,6 +148,7 @@ def _finetune_in(
     if config.head_init == "probe" and not checkpoint:
         _initialise_head(run)
     with _open_tracker(run) as tracker:
+        _warn_of_missing_classes(run)
         after_seconds = _rehearse_model(run)
         _train(run, checkpoint, start_step, after_seconds)
         _save_model(run)
@@ -298,7 +299,7 @@ def _measure(run: _FinetuneRun, start_time: float) -> FinetuneSummary:
     cohort, out, model = run.data.cohort, run.out, run.module.model
     evaluation, rows = _evaluate_validation(model, cohort.index, run.data.val, run.spec, out / "cases.parquet")
     lost = find_lost_classes(model, cohort, run.data.train, rows, run.spec)
-    warn_of_lost_classes(lost, cohort, run.data.train, run.spec, run.config.max_steps)
+    warn_of_lost_classes(lost, cohort, run.data.train, run.spec, run.config)
     summary = _build_finetune_summary(run, evaluation, lost, start_time)
     write_json(out / "summary.json", summary)
     return summary
@@ -428,6 +429,17 @@ def _count_classes(run: _FinetuneRun) -> dict[str, ClassCounts]:
     task, classes, list_classes = task_of_config(run.config), run.spec.classes, run.data.cohort.list_mask_classes
     train, val = (task.count_class_images(part, classes, list_classes) for part in (run.data.train, run.data.val))
     return {name: {"train": train[name], "val": val[name]} for name in train}
+
+
+def _warn_of_missing_classes(run: _FinetuneRun) -> None:
+    """Log a warning for classes that no labelled training image has, such as those of empty masks."""
+    missing = [name for name, count in _count_classes(run).items() if not count["train"]]
+    if missing:
+        log.warning(
+            "none of the %d labelled training images has: %s. The model cannot learn this; label images that have it",
+            len(run.data.train),
+            ", ".join(missing),
+        )
 
 
 def _describe_class_weights(run: _FinetuneRun) -> dict[str, float] | None:

@@ -183,10 +183,21 @@ def test_a_class_that_is_never_predicted_is_stated_with_advice(
     assert read_json(tmp_path / "run" / "summary.json")["lost_classes"] == {"rare": 0.0}
     (warning,) = list_warnings(caplog)
     assert warning.startswith("class rare: the model finds none of its labels.")
-    assert "increase max_steps (now 1); for rare classes, see also head.class_weights and balanced_batches" in warning
+    assert "increase max_steps (now 1); for rare classes, see also head.class_weights, balanced_batches" in warning
     html = write_report_page(tmp_path / "run").read_text()
     assert "The model finds hardly anything of: rare." in html
     assert "rare (none of its labels)" in html
+
+
+def test_the_advice_names_only_options_that_are_not_set_yet(
+    index: Index, tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "medim")
+    head = {"name": "classification", "class_weights": "balanced"}
+    config = make_config(lr=1e-60, weight_decay=0.0, max_steps=1, head=head, balanced_batches=True)
+    finetune(config, index, tmp_path / "run", store=store, fit_ood_detector=False)
+    (warning,) = list_warnings(caplog)
+    assert warning.endswith("increase max_steps (now 1)")
 
 
 def test_a_trained_model_has_lost_no_class(
@@ -263,4 +274,4 @@ def test_a_segmenter_without_validation_images_is_measured_on_some_training_imag
     assert opened == [record.image for record in train[:3]]
     assert find_lost_classes(Constant(1), cohort, train, [], spec) == {}
     assert TRAINING_IMAGES >= 3
-    warn_of_lost_classes({}, cohort, train, spec, 1)
+    warn_of_lost_classes({}, cohort, train, spec, finetune_config)
