@@ -90,7 +90,7 @@ def test_a_configuration_file_that_may_be_named_after_a_person_has_a_neutral_nam
     for stem, name in (("Osterwind_export", "config"), ("mri_crop_2", "mri_crop_2"), ("1943-02-12", "config")):
         (tmp_path / f"{stem}.yaml").write_text("extends: test-2d-local-dim\n")
         assert load_config("pretrain", str(tmp_path / f"{stem}.yaml")).name == name
-    assert all(load_config("pretrain", name).name == name for name in list_presets("pretrain"))
+    assert all(read_config("pretrain", name)["name"] == name for name in list_presets("pretrain"))
 
 
 # --- whole files
@@ -107,7 +107,8 @@ def test_a_shipped_preset_is_complete_and_carries_its_name(command: Command, nam
 def test_every_section_of_a_shipped_preset_fits_its_constructor(command: Command, name: str) -> None:
     config = shipped(command, name)
     encoder = ("in_channels", "spatial_dims", "input_shape", "encoders")
-    of_maps = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape", "receptive_fields", "origins", "strides")
+    of_maps: tuple[str, ...] = ("channels", "strides", "summary_channels", "spatial_dims", "grids", "input_shape")
+    of_maps += ("receptive_fields", "origins")
     of_images = ("in_channels", "decoded_channels", "view_count", "aligned")
     validate_section(ENCODERS, config.encoder, run_args=encoder)
     if isinstance(config, PretrainConfig):

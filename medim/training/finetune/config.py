@@ -125,8 +125,8 @@ def _dry_run_parts(config: FinetuneConfig, encoder: Path | None) -> None:
         model = build_model(spec)
         head: Any = model.head
         with torch.no_grad():
-            if config.decoder:
-                encoder_part: Any = model.encoder
+            encoder_part: Any = model.encoder
+            if config.decoder and all(side % encoder_part.strides[-1] == 0 for side in shape):
                 check_map_shapes(encoder_part(torch.zeros(count, 1, *shape)).maps, encoder_part.strides, shape)
             target = torch.tensor(task_of_config(config).make_blank_targets(count, shape))
             head.loss(model(torch.zeros(count, 1, *shape)), target)

@@ -155,8 +155,8 @@ def test_a_series_gets_a_segmentation_and_a_report_that_refer_to_it(
 ) -> None:
     folder = shared_data / "mri-dicom" / "Study1" / "13_HCropVolume"
     (row,) = answered(packages["segmenter"], folder, tmp_path)
-    assert list(row)[:-3] == ["image", "file", "report", "ml_anterior", "ml_posterior"]
-    assert list(row)[-3:] == ["ood_score", "ood", "ood_feature_group"]
+    assert list(row)[:-4] == ["image", "file", "report", "ml_anterior", "ml_posterior"]
+    assert list(row)[-4:] == ["ood_score", "ood", "ood_feature_group", "ood_reason"]
     assert [cells["file"] for cells in rows_of(tmp_path / "predictions.csv")] == [row["file"]]
     seg, report = (pydicom.dcmread(tmp_path / row[name]) for name in ("file", "report"))
     source = pydicom.dcmread(next(folder.glob("*.dcm")))

@@ -513,8 +513,8 @@ def test_labels_of_one_class_alone_are_refused_before_training(
     ("changes", "said"),
     [
         (
-            {"encoder": {"name": "convnet", "channels": [4, 8]}},
-            r"^config .*: segmentation requires .* stride 1, got strides 2, 4\.",
+            {"encoder": {"name": "convnet", "channels": [4, 8], "padding": 0, "summary": "mean_max"}},
+            r"^config .*: segmentation requires an encoder with maps of 8x12x8, 4x6x4 cells for these views, got",
         ),
         ({"head": {"name": "classification"}}, "do not work together"),
         ({"decoder": {"name": "une"}}, "Did you mean 'unet'"),
