@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medim.config import load_config, read_config
-from medim.data.index.tables import read_table
+from medim.data.index.tables import TableFile, read_table
 from medim.files import read_json, write_csv
 from medim.parsing import (
     MAX_DEPTH,
@@ -196,7 +196,7 @@ def test_a_table_that_is_no_file_is_refused_without_waiting(kind: str, tmp_path:
     if kind == "pipe":
         os.mkfifo(path)
     with pytest.raises(UserError, match="expected a file, got a folder, a pipe or a device"):
-        read_table(path, "labels", from_user=True)
+        read_table(TableFile(path), "labels", from_user=True)
 
 
 @pytest.mark.parametrize("cell", FORMULAS)

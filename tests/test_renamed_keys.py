@@ -143,16 +143,16 @@ def test_an_old_name_is_the_new_one_with_a_warning_in_files_overrides_and_python
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = build_config(command, {**new, "name": "mine"})
+    expected = build_config(command, {**new, "name": "run"})
     assert warnings_of(caplog) == []
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**FULL[command], **old}))
     from_file = load_config(command, str(path))
     file_warnings = warnings_of(caplog)
     path.write_text(yaml.safe_dump(FULL[command]))
     from_overrides = load_config(command, str(path), assignments)
     override_warnings = warnings_of(caplog)
-    from_python = type(expected)(**{**FULL[command], **old, "name": "mine"})
+    from_python = type(expected)(**{**FULL[command], **old, "name": "run"})
     python_warnings = warnings_of(caplog)
     assert from_file == from_overrides == from_python == expected
     assert from_file.hash == from_overrides.hash == from_python.hash == expected.hash
@@ -166,9 +166,9 @@ def test_an_old_option_of_an_entry_is_the_new_one_with_a_warning_in_files_overri
     entry: str, old: str, new: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     value = OPTIONS[old]
-    expected = build_config("pretrain", {"objectives": [objective_of(entry, **{new: value})], "name": "mine"})
+    expected = build_config("pretrain", {"objectives": [objective_of(entry, **{new: value})], "name": "run"})
     assert warnings_of(caplog) == []
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**FULL["pretrain"], "objectives": [objective_of(entry, **{old: value})]}))
     configs = [load_config("pretrain", str(path))]
     warnings = [warnings_of(caplog)]
@@ -181,7 +181,7 @@ def test_an_old_option_of_an_entry_is_the_new_one_with_a_warning_in_files_overri
     ):
         configs.append(load_config("pretrain", str(path), [assignment]))
         warnings.append(warnings_of(caplog))
-    content = {**FULL["pretrain"], "name": "mine", "objectives": [objective_of(entry, **{old: value})]}
+    content = {**FULL["pretrain"], "name": "run", "objectives": [objective_of(entry, **{old: value})]}
     configs.append(PretrainConfig(**content))
     warnings.append(warnings_of(caplog))
     table = {**OBJECTIVES, **CRITICS}
@@ -249,7 +249,7 @@ def test_overrides_with_the_old_and_the_new_name_are_refused(order: int) -> None
 
 
 def test_an_override_replaces_the_value_of_a_file_in_either_spelling(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "run.yaml"
     path.write_text("extends: xray-28\nviews: {same_place: true}\nencode_in_chunks_of: 4\n")
     for assignments in (["views.same_crop=false", "gradient_cache_chunk=8"], ["views.same_place=false"]):
         config = load_config("pretrain", str(path), assignments)
@@ -272,7 +272,7 @@ def test_the_reference_page_lists_every_old_name() -> None:
 
 
 def test_a_file_that_extends_one_of_an_earlier_version_replaces_its_values(tmp_path: Path) -> None:
-    old, mine = tmp_path / "old.yaml", tmp_path / "mine.yaml"
+    old, mine = tmp_path / "old.yaml", tmp_path / "run.yaml"
     old.write_text("extends: xray-28\nschedule: steps\ndrop_at: [5]\n")
     mine.write_text(f"extends: {old}\nlr_milestones: [7]\n")
     assert load_config("pretrain", str(mine)).lr_milestones == (7,)
@@ -312,9 +312,9 @@ def test_the_old_name_of_a_preset_is_the_preset_with_a_warning(
     expected = load_config("pretrain", new)
     assert warnings_of(caplog) == []
     assert load_config("pretrain", old) == expected
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "run.yaml"
     path.write_text(f"extends: {old}\nmax_steps: 70\n")
-    assert load_config("pretrain", str(path)) == expected.model_copy(update={"name": "mine", "max_steps": 70})
+    assert load_config("pretrain", str(path)) == expected.model_copy(update={"name": "run", "max_steps": 70})
     assert [message.split(";")[0] for message in warnings_of(caplog)] == [f"preset {old} is now {new}"]
 
 
@@ -322,7 +322,7 @@ def test_a_preset_of_this_version_has_no_old_name_and_an_unknown_one_is_refused(
     presets = set(list_presets("pretrain"))
     assert {name for name in presets if name.startswith("test-")} == set(CONFIG_PRESETS.values())
     assert not presets & set(CONFIG_PRESETS)
-    with pytest.raises(UsageError, match=r"no preset or file 'small-2d-mae'.*xray-28\. See `medim") as error:
+    with pytest.raises(UsageError, match=r"no preset or file 'small-2d-mae'\. `medim config list") as error:
         load_config("pretrain", "small-2d-mae")
     assert "test-" not in str(error.value)
 

@@ -59,7 +59,41 @@ def name_values(values: Iterable[int]) -> MaskClasses:
     """
     class_values = tuple(sorted({int(value) for value in values} - {0}))
     check_class_count("masks", class_values)
-    return MaskClasses(names=tuple(f"label-{value}" for value in class_values), values=class_values)
+    return MaskClasses(names=tuple(map(_name_value, class_values)), values=class_values)
+
+
+def match_class_names(
+    names: Sequence[str], values: Sequence[int], known_names: Sequence[str], known_values: Sequence[int]
+) -> tuple[str, ...]:
+    """Match the classes of masks without names to those of a network by their values, and the other way round.
+
+    Args:
+        names: class names of the masks.
+        values: their values; empty if they are 1, 2, ...
+        known_names: class names of the network.
+        known_values: their values; empty if they are 1, 2, ...
+
+    Returns:
+        `names`, in which a class of an equal value has the name of the network, if either side has no names. A single
+        class without a name matches a single class of any value.
+
+    Examples:
+        >>> match_class_names(["label-1", "label-4"], [1, 4], ["core", "edema", "tumour"], [1, 2, 4])
+        ('core', 'tumour')
+        >>> match_class_names(["label-255"], [255], ["lesion"], [1])
+        ('lesion',)
+    """
+    sides = [(names, values or range(1, len(names) + 1)), (known_names, known_values or range(1, len(known_names) + 1))]
+    if not any(list(side_names) == [_name_value(v) for v in side_values] for side_names, side_values in sides):
+        return tuple(names)
+    if len(names) == len(known_names) == 1:
+        return tuple(known_names)
+    names_by_value = dict(zip(sides[1][1], known_names, strict=True))
+    return tuple(names_by_value.get(value, name) for name, value in zip(*sides[0], strict=True))
+
+
+def _name_value(value: int) -> str:
+    return f"label-{value}"
 
 
 def check_class_count(place: str, values: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from typing_extensions import TypedDict  # pydantic needs this form before Python 3.12
 
 from medim.data.index.index import ImageRecord, Index
+from medim.evaluation.cases import name_source_classes
 from medim.files import write_json
 from medim.inference.network import Predictor
 from medim.pictures.case import draw_case
@@ -122,7 +123,7 @@ def draw_case_picture(
         label_maps: dict[str, Array | None] = {"": None}
         if network is not None:
             mask = index.open_mask(record)
-            classes, source_classes = network.classes, index.classes
+            classes, source_classes = network.classes, name_source_classes(network, index)
             case = LabelledCase(record=record, volume=volume, mask=mask, classes=classes, source_classes=source_classes)
             label_maps = {"label": network.task.read_truth(case), "prediction": network(volume)}
         picture = draw_case(

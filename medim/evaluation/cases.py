@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim.data.index.index import AllRejectedError, ImageRecord, Index
+from medim.data.mask_classes import match_class_names
 from medim.data.readers import ReadError
 from medim.files import write_bytes
 from medim.inference.network import Predictor
@@ -73,7 +74,7 @@ def score_cases(
         AllRejectedError: no case could be run.
         UserError: the classes of the masks are not those of the network.
     """
-    if class_error := network.task.find_class_error(network.classes, index.classes):
+    if class_error := network.task.find_class_error(network.classes, name_source_classes(network, index)):
         raise UserError(class_error)
     rows: list[CaseRow] = []
     for done, record in enumerate(records, start=1):
@@ -89,6 +90,11 @@ def score_cases(
             index,
         )
     return rows
+
+
+def name_source_classes(network: Predictor, index: Index) -> tuple[str, ...]:
+    """Names of the mask classes of a source, in the words of the network where a side has no names."""
+    return match_class_names(index.classes, index.class_values, network.classes, network.class_values)
 
 
 def summarise_cases(
@@ -158,7 +164,13 @@ def _score_case(network: Predictor, index: Index, record: ImageRecord, case_filt
         mask = index.open_mask(record) if task.dense else None
     except Exception as error:  # a decoder may raise any exception; count the case and continue
         return [_rejection_row(getattr(error, "reason", "unreadable"), error)]
-    case = LabelledCase(record=record, volume=volume, mask=mask, classes=network.classes, source_classes=index.classes)
+    case = LabelledCase(
+        record=record,
+        volume=volume,
+        mask=mask,
+        classes=network.classes,
+        source_classes=name_source_classes(network, index),
+    )
     if target_error := task.find_target_error(case):
         return [{"rejected": target_error[0], "detail": target_error[1]}]
     try:

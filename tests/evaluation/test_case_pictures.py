@@ -28,7 +28,7 @@ BRIGHT = Predictor(
     modality="mri",
     spatial_dims=3,
     in_channels=1,
-    classes=("label-1",),
+    classes=("bright",),
     preprocessing=({"op": "ras"}, {"op": "normalise", "method": "range"}),
     inference={"mode": "whole", "multiple_of": 4},
 )

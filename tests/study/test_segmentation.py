@@ -70,5 +70,5 @@ def test_a_frozen_segmenter_keeps_encoder_and_decoder_bit_by_bit_and_learns_a_he
     assert set(told) == {(name, budget) for name in ("tuned", "frozen") for budget in ("2", "4")}
     assert all(row["labels_saved"] and row["time_to_scratch"] for row in told.values())
     worst = read_json(tmp_path / "study" / "worst.json")["tiles"]
-    assert len(worst) == 5
-    assert all(tile["source"] and "solid blue: truth" in tile["alt"] for tile in worst)
+    assert len(worst) == 4
+    assert all(tile["source"] and "contours of label (above) and prediction (below)" in tile["alt"] for tile in worst)

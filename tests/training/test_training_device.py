@@ -64,7 +64,7 @@ def test_fine_tuning_measures_on_the_device_of_the_training(
     for name in ("start_head_as_probe", "save_model", "save_ood_detector"):
         monkeypatch.setattr(finetuning, name, devices.spy(name))
     monkeypatch.setattr(finetuning, "as_numpy_function", devices.spy("validation"))
-    monkeypatch.setattr(finetuning, "validate_network", lambda *_: (None, []))
+    monkeypatch.setattr(finetuning, "validate_network", lambda *_, **__: (None, []))
     monkeypatch.setattr(
         finetuning, "find_lost_classes", lambda *arguments: devices.spy("lost classes")(*arguments) or {}
     )

@@ -77,6 +77,7 @@ def survives(source: Path, modality: Modality, shape: tuple[int, ...]) -> int:
 def silence(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """No warning and no line on a stream: they would quote what the header says of a patient."""
     caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, "medim")  # a command of another test may have lowered it
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
