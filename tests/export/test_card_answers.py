@@ -115,6 +115,7 @@ def test_the_names_of_authors_are_no_leak_in_the_card_and_one_elsewhere(tmp_path
     assert gate["found"] == {CARD_FILE: ["/home/quillon/run"], "medim.json": ["/home/quillon/run", "quillon"]}
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_answers_into_the_package(runs: dict[str, Path], tmp_path: Path) -> None:
     card = write_card(tmp_path, "Identity:\n  authors: [Ada Zyx, Bo Quillon]\nData:\n  sample size: 400\n")
     licence = tmp_path / "licence.txt"

@@ -118,7 +118,9 @@ def test_the_map_of_a_package_is_what_torch_computes_for_the_run(package: Packag
     np.testing.assert_allclose(scores[1::2, ::2], (coarse[:-1] + coarse[1:]) / 2, atol=1e-4)
 
 
-@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize(
+    "critic", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(CRITICS)]
+)
 def test_the_map_of_every_critic_becomes_a_graph_for_any_batch_and_size(critic: str) -> None:
     torch.manual_seed(0)
     spec = {"in_channels": 1, **SPECS["encoder"]}

@@ -93,6 +93,7 @@ def test_selection_is_given_nothing_but_the_budget(cohort: Cohort) -> None:
     assert (small.records("train"), small.records("val"), small.records("test")) == (train, held, ())
 
 
+@pytest.mark.slow
 def test_the_rate_that_was_chosen_is_used_and_the_whole_grid_is_told(
     run_study: Callable[..., dict[str, Any]], tmp_path: Path, encoders: list[Path]
 ) -> None:

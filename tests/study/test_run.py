@@ -86,6 +86,7 @@ def test_cells_whose_model_does_not_find_a_class_are_listed(
     assert "2 fine-tuned cells do not find some class" in (tmp_path / "study" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_study_twice_gives_the_same_bytes(small: Study, tmp_path: Path) -> None:
     for name in ("one", "two"):
         small(tmp_path / name)
@@ -145,6 +146,7 @@ def write_old_names(study: Path) -> None:
         path.write_text(text)
 
 
+@pytest.mark.slow
 def test_a_study_of_an_earlier_version_is_resumed(
     small: Study, schedule: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +284,7 @@ def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Pat
     assert {"comparisons.json", "figures"} <= {file.path for file in client.list_artifacts(parent)}
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_while_its_tracking_server_is_away_and_sends_later(
     small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

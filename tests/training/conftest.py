@@ -45,7 +45,7 @@ def cohort_index(volumes: Path) -> Index:
     return build_index(volumes, "mri")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pretrain_config() -> PretrainConfig:
     config = check_config(
         "pretrain",

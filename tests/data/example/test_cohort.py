@@ -80,6 +80,7 @@ def series(cohort: Path, name: str) -> list[Any]:
     return [pydicom.dcmread(path) for path in sorted((cohort / "dicom" / name).glob("*.dcm"))]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process(cohort: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from medim.data.example.cohort import make_example; "

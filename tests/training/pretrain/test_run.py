@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,17 @@ from medim.types import UsageError, UserError
 WEIGHTS = Path("encoder") / "encoder.safetensors"
 
 
+@pytest.fixture(scope="module")
+def trained(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and its store."""
+    folder = tmp_path_factory.mktemp("trained")
+    pretrain(pretrain_config, cohort_index, folder / "undisturbed", store=folder / "store")
+    return folder
+
+
 @pytest.fixture
-def undisturbed(pretrain_config: PretrainConfig, cohort_index: Index, tmp_path: Path) -> Path:
-    pretrain(pretrain_config, cohort_index, tmp_path / "undisturbed", store=tmp_path / "store")
+def undisturbed(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path / "undisturbed"
 
 
