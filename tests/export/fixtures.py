@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from medim.export import onnx as onnx_export
 from medim.export.builder import ExportOptions
 from medim.export.export import export
 from medim.export.privacy_scan import MIN_NAME_LENGTH
-from medim.package.package import Package
+from medim.output_folder import acquire_lock
+from medim.package.package import Package, load_package
 from tests.export.packages import PLANTED, SPECS, make_run
 
 
@@ -38,12 +40,18 @@ def runs(place: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def packages(place: Path, runs: dict[str, Path]) -> dict[str, Package]:
-    codes = {"segmenter": "hippocampus"}
-    return {
-        kind: export(run, place / "packages" / kind, ExportOptions(label_codes=codes.get(kind)))
-        for kind, run in runs.items()
-    }
+def packages(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
+    """A package per kind, exported by the first of the test processes that needs them."""
+    codes, base = {"segmenter": "hippocampus"}, tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / PLANTED
+    root.mkdir(exist_ok=True)
+    folder = root / "packages"
+    with acquire_lock(root / "lock", wait=True):
+        if not (root / "complete").exists():
+            for kind, run in runs.items():
+                export(run, folder / kind, ExportOptions(label_codes=codes.get(kind)))
+            (root / "complete").touch()
+    return {kind: load_package(folder / kind) for kind in runs}
 
 
 @pytest.fixture

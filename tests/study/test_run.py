@@ -165,6 +165,7 @@ def test_a_study_of_an_earlier_version_is_resumed(
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_summarised_again_without_timing_a_step(
     small: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_rate_that_could_not_be_tried_is_not_chosen_and_not_tried_again(
     assert again["cells"]["done"] == summary["cells"]["done"]
 
 
+@pytest.mark.slow
 def test_each_cell_is_a_child_of_the_study_in_mlflow(small: Study, tmp_path: Path) -> None:
     small()
     client = MlflowClient()

@@ -467,7 +467,7 @@ def test_segmentation_of_x_rays_works_with_the_strided_encoder_of_their_preset(t
     (tmp_path / "masks.csv").write_text("\n".join(table))
     index = build_index(tmp_path, "xray", labels=tmp_path / "masks.csv")
     assert len(index.records) == 16
-    changes = ["encoder.channels=[8,16]", "checkpoint_every_steps=80", "batch_size=8"]
+    changes = ["encoder.channels=[8,16]", "checkpoint_every_steps=80", "batch_size=8", "workers=0"]
     content = apply_overrides(read_config("pretrain", "xray"), [*changes, "max_steps=1"])
     config = resolve_run_config("pretrain", content, index, where="xray")
     assert isinstance(config, PretrainConfig)
@@ -643,6 +643,7 @@ def test_options_by_name_replace_those_of_the_object_and_a_misspelt_one_is_refus
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_labels_that_selected_the_encoders_step_are_counted_in_all_later_results(
     encoder: Path, finetune_config: FinetuneConfig, cohort_index: Index, tmp_path: Path, store: Path, caplog: Any
 ) -> None:
