@@ -292,6 +292,8 @@ def _is_unstarted(out: Path, previous: OutputRecord | None, command: str, start_
     if previous is None or previous.command != command or previous.state not in {"writing", "stopped"}:
         return False
     files = [file for file in _list_files(out) if file.rpartition("/")[2] not in SYSTEM_FILES]
+    if "history.csv" in files:  # of steps whose checkpoints may have been removed to save space
+        return False
     return bool(files) and all(any(fnmatchcase(file, pattern) for pattern in start_files) for file in files)
 
 

@@ -98,7 +98,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     )
     metrics = run(arguments.model, image_index, arguments.out, options, progress=show_progress("measured"))
     counts = {
-        "cases": metrics["n"],
+        "cases": f"{metrics['n']}, split {metrics['split']}",
         "excluded subjects": metrics["n_excluded_subjects"],
         **describe_counts(metrics["contamination"]),
     }

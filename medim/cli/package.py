@@ -25,6 +25,7 @@ from medim.console.progress import show_progress
 from medim.types import UsageError, UserError
 
 MAX_TABLE_ROWS = 10  # predictions and warnings printed by default
+MAX_TABLE_COLUMNS = 12  # of a table that is printed by default
 HIDDEN_COLUMNS = {"ood", "ood_feature_group", "ood_reason"}  # of the printed table
 
 
@@ -177,8 +178,9 @@ def predict(arguments: PredictArguments) -> None:
         resume=arguments.resume,
         progress=show_progress("predicted"),
     )
-    if arguments.table or len(rows) <= MAX_TABLE_ROWS:
-        print_table("predictions", [{k: v for k, v in row.items() if k not in HIDDEN_COLUMNS} for row in rows])
+    shown = [{name: value for name, value in row.items() if name not in HIDDEN_COLUMNS} for row in rows]
+    if arguments.table or (len(rows) <= MAX_TABLE_ROWS and len(shown[0]) <= MAX_TABLE_COLUMNS):
+        print_table("predictions", shown)
     _warn_unusual([row for row in rows if row["ood"]])
     print_result("predict", _summarise_predictions(rows, arguments))
     track_prediction(package, arguments.out, arguments.output_format, start)

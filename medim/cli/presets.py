@@ -131,7 +131,7 @@ def _read_any_config(name: str) -> tuple[Command, Path, Section]:
     """Read a preset, a YAML file or the configuration of a run; return its command, file and content.
 
     Raises:
-        UsageError: there is none, or it has keys of no command.
+        UsageError: there is none, it has keys of no command, or a value of the wrong form.
     """
     path = Path(name)
     if path.is_dir() and (path / "config.yaml").is_file():
@@ -153,6 +153,10 @@ def _read_any_config(name: str) -> tuple[Command, Path, Section]:
         if unknown_keys := sorted(content.keys() - kind.model_fields.keys()):
             problem = UsageError(f"{name}: {unknown_name_message('key', unknown_keys[0], kind.model_fields)}")
         else:
+            with contextlib.suppress(ModuleNotFoundError):  # the light installation has no networks to check
+                from medim.training.auto_config import resolve_run_config
+
+                resolve_run_config(command, content, None, where=name)
             return command, path, content
     raise problem or UsageError(f"{name}: expected a configuration of pretrain or finetune.")
 

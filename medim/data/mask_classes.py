@@ -74,8 +74,8 @@ def match_class_names(
         known_values: their values; empty if they are 1, 2, ...
 
     Returns:
-        `names`, in which a class of an equal value has the name of the network, if either side has no names. A single
-        class without a name matches a single class of any value.
+        `names`, in which a class of an equal value has the name of the network, if either side has no names. Of two
+        single classes, the value 255 also matches 1, as in masks of annotation tools.
 
     Examples:
         >>> match_class_names(["label-1", "label-4"], [1, 4], ["core", "edema", "tumour"], [1, 2, 4])
@@ -86,7 +86,7 @@ def match_class_names(
     sides = [(names, values or range(1, len(names) + 1)), (known_names, known_values or range(1, len(known_names) + 1))]
     if not any(list(side_names) == [_name_value(v) for v in side_values] for side_names, side_values in sides):
         return tuple(names)
-    if len(names) == len(known_names) == 1:
+    if len(names) == len(known_names) == 1 and {*sides[0][1], *sides[1][1]} == {1, 255}:
         return tuple(known_names)
     names_by_value = dict(zip(sides[1][1], known_names, strict=True))
     return tuple(names_by_value.get(value, name) for name, value in zip(*sides[0], strict=True))

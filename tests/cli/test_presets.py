@@ -113,3 +113,29 @@ def test_auto_values_are_resolved_for_images(tmp_path: Path) -> None:
     content = yaml.safe_load(shown.output)
     assert auto_keys(content) == []
     assert max(content["views"]["shape"]) <= 48
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "modality: mri\nviews: 5\n",
+        "modality: mri\npreprocessing: [ras]\n",
+        "extends: mri\nencoder: none\n",
+        "extends: mri\nmax_steps: abc\n",
+        "extends: mri\nobjectives: {a: 1}\n",
+        "extends: mri\nobjectives: [local]\n",
+        "extends: mri\nviews: null\n",
+        "extends: mri-segmentation\nhead: 3\ndecoder: []\n",
+    ],
+)
+@pytest.mark.parametrize("command", ["show", "diff", "copy"])
+def test_a_file_with_a_value_of_the_wrong_form_is_refused_in_one_sentence(
+    text: str, command: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    rest = {"show": [], "diff": ["mri"], "copy": [str(tmp_path / "copy.yaml")]}[command]
+    result = CliRunner().invoke(app, ["config", command, str(path), *rest])
+    assert result.exit_code == 2, result.output
+    assert "unexpected error" not in result.output
+    assert not (tmp_path / "copy.yaml").exists()

@@ -26,6 +26,10 @@ _LABEL_WORDS = {  # of file and folder names
     "labelmap", "labels", "labelstr", "labelsts", "mask", "masks", "parc", "parcellation", "probseg", "roi", "rois",
     "seg", "segm", "segmentation", "segmentations", "segs", "wmparc",
 }  # fmt: skip
+_GENERAL_WORDS = {  # of label maps that name no structure
+    "annotation", "annotations", "dseg", "groundtruth", "gt", "label", "labelmap", "labels", "labelstr", "labelsts",
+    "mask", "masks", "roi", "rois", "seg", "segm", "segmentation", "segmentations", "segs",
+}  # fmt: skip
 _LABEL_ENDINGS = ("mask", "masks", "seg", "segmentation", "labels")  # of words such as `brainmask`
 _CERTAIN_WORDS = {"dseg", "probseg", "defacemask"}  # suffixes that images never have
 _IMAGE_WORDS = {  # of file and folder names, left out where names are compared
@@ -35,7 +39,11 @@ _IMAGE_WORDS = {  # of file and folder names, left out where names are compared
 _MASK_SUFFIXES = {"dseg", "label", "mask", "roi", "seg"}  # BIDS suffixes of segmentations that are masks
 _MASKS_OF_OTHER_READERS = {"constant", "not-an-image"}  # reasons for which a reader rejects a mask as an image
 _MAX_JOINED_LEVELS = 64  # values of a mask that is joined without a table
-_MAX_CASE_IMAGES = 8  # images of one case that share a mask without a name of its own
+_SEQUENCE_WORDS = {  # of images on one grid that may share a mask
+    "adc", "dwi", "flair", "pd", "pdw", "swi", "t1", "t1c", "t1ce", "t1gd", "t1n", "t1post", "t1w", "t2", "t2f",
+    "t2flair", "t2star", "t2w",
+}  # fmt: skip
+_ENTITIES = "sub|ses|acq|rec|run|dir|echo|part|chunk|hemi"  # of BIDS names, which a label map shares with its image
 _MIN_FLATNESS = 0.6  # of a label map without a name of labels
 _JOIN_REMEDY = "to use it, list it with its image in --labels (columns image, mask)"
 
@@ -104,8 +112,10 @@ def separate_label_maps(
     label_maps += _find_rejected_masks(rejected, root, scanner)
     if may_join:
         _join_label_maps(label_maps, other_images, names, layout, scanner)
-    if n_joined := len(set(layout.masks.values()) & {label_map.path for label_map in label_maps}):
-        log.info("%d label maps have the name and grid of an image each, and are used as masks", n_joined)
+    label_map_paths = {label_map.path for label_map in label_maps}
+    if n_images := sum(mask in label_map_paths for mask in layout.masks.values()):
+        n_joined = len(label_map_paths.intersection(layout.masks.values()))
+        log.info("%d label maps have the name and grid of %d images, and are used as their masks", n_joined, n_images)
     replaced = {label_map.path for label_map in label_maps}
     joined = set(layout.masks.values())
     rejections = [rejection for rejection in rejected if rejection.path not in replaced]
@@ -225,8 +235,15 @@ def _join_label_maps(
     for label_map in label_maps:
         if max(label_map.info.levels, len(label_map.info.values)) <= _MAX_JOINED_LEVELS:
             label_map.images = _find_images(label_map, by_shape[label_map.info.shape], names)
+            if not _may_share(label_map.images, names):
+                label_map.rejection = replace(
+                    label_map.rejection,
+                    detail=f"fits {len(label_map.images)} images of perhaps several visits or views; {_JOIN_REMEDY}",
+                )
+                label_map.images = []
             for path in {image.files[0] for image in label_map.images}:
                 masks_by_image[path].append(label_map)
+    _reject_mixed_names(masks_by_image, names)
     unique_paths = {maps[0].path for maps in masks_by_image.values() if len(maps) == 1}
     paths = [label_map.path for label_map in label_maps if label_map.path in unique_paths]
     readable_paths = {
@@ -255,6 +272,45 @@ def _join_label_maps(
             )
 
 
+def _reject_mixed_names(masks_by_image: dict[Path, list[_LabelMap]], names: dict[Path, _FileName]) -> None:
+    """Remove label maps that may be of different structures, which would become one class.
+
+    Label maps that alone fit an image are named after several structures (`x_brainmask`, `y_lesion_mask`), or after one
+    of several that another image has.
+    """
+    structures = {
+        label_map.path: _name_structure(label_map, names[path])
+        for path, maps in masks_by_image.items()
+        for label_map in maps
+    }
+    single = {structures[maps[0].path] for maps in masks_by_image.values() if len(maps) == 1}
+    several = {structures[m.path] for maps in masks_by_image.values() if len(maps) > 1 for m in maps} - {()}
+    for path, maps in list(masks_by_image.items()):
+        if len(maps) == 1 and (len(single) > 1 or structures[maps[0].path] in several):
+            del masks_by_image[path]
+            detail = f"label maps of this source may be of different structures, by their names; {_JOIN_REMEDY}"
+            maps[0].rejection = replace(maps[0].rejection, detail=detail)
+
+
+def _name_structure(label_map: _LabelMap, image: _FileName) -> Words:
+    """Words of the name of a label map that its image does not have, without general ones such as `mask`."""
+    words, length = label_map.name.words, len(image.words)
+    extra_words = words[length:] if words[:length] == image.words and not label_map.path.name.startswith("sub-") else ()
+    label_words = (word for word in _split_words(file_stem(label_map.path.name)) if _is_label_word(word))
+    return (*extra_words, *(word for word in label_words if word not in _GENERAL_WORDS))
+
+
+def _may_share(images: Sequence[ImageInfo], names: dict[Path, _FileName]) -> bool:
+    """Whether a mask may belong to all of some images: to one, or to different sequences of a 3D scan in one folder."""
+    if len({image.files[0] for image in images}) < 2:
+        return True
+    sequences = [names[image.files[0]].words[-1:] for image in images]
+    is_one_folder = len({image.files[0].parent for image in images}) == 1
+    starts = {names[image.files[0]].words[:-1] for image in images}
+    is_named = all(words and words[0] in _SEQUENCE_WORDS for words in sequences) and len(set(sequences)) == len(images)
+    return len(images[0].shape) == 3 and is_one_folder and len(starts) == 1 and is_named
+
+
 def _find_images(label_map: _LabelMap, images: Sequence[ImageInfo], names: dict[Path, _FileName]) -> list[ImageInfo]:
     """Find the images that a label map belongs to: of its case and grid, with its name or the start of one."""
     label, entities = label_map.name, _parse_entities(label_map.path)
@@ -266,7 +322,7 @@ def _find_images(label_map: _LabelMap, images: Sequence[ImageInfo], names: dict[
     if equal:
         return equal if label.words or len(equal) == 1 else []
     if not label.words:
-        return images if len(images) == 1 or (label.case and len(images) <= _MAX_CASE_IMAGES) else []
+        return images if len(images) == 1 or label.case else []
     return [image for image in images if _is_start(label.words, names[image.files[0]].words)]
 
 
@@ -277,7 +333,7 @@ def _is_start(words: Words, others: Words) -> bool:
 
 
 def _parse_entities(path: Path) -> dict[str, str]:
-    """Parse subject and session of a BIDS name; empty for other names."""
+    """Parse the entities of a BIDS name that identify an acquisition; empty for other names."""
     if not path.name.startswith("sub-"):
         return {}
-    return dict(re.findall(r"(?:^|_)(sub|ses)-([A-Za-z0-9]+)", path.name))
+    return dict(re.findall(rf"(?:^|_)({_ENTITIES})-([A-Za-z0-9]+)", path.name))

@@ -350,3 +350,70 @@ def test_real_films_are_no_drawings(shared_data: Path) -> None:
         [image] = reader.inspect(path).images
         assert not {"coloured", "drawing-like"} & set(image.quality)
         assert image.levels == 0
+
+
+# --- one mask is of one image, and one name of one structure
+
+AMBIGUOUS: dict[str, tuple[list[str], list[str]]] = {
+    "two visits of a case": (["s0/baseline.nii.gz", "s0/month12.nii.gz"], ["s0/seg.nii.gz"]),
+    "four subjects in one folder": (
+        [f"sub_{k:02d}_T1.nii.gz" for k in range(4)],
+        ["sub_mask.nii.gz"],
+    ),
+    "different structures of different cases": (
+        [f"p{k}/t1.nii.gz" for k in range(4)],
+        [f"p{k}/t1_{'brainmask' if k < 2 else 'lesionmask'}.nii.gz" for k in range(4)],
+    ),
+    "different structures as words of their own": (
+        [f"p{k}_t1.nii.gz" for k in range(4)],
+        [f"p{k}_t1_{'brain' if k < 2 else 'lesion'}_seg.nii.gz" for k in range(4)],
+    ),
+    "a structure that other cases have beside another one": (
+        [f"p{k}/t1.nii.gz" for k in range(3)],
+        [*(f"p{k}/t1_brainmask.nii.gz" for k in range(3)), *(f"p{k}/t1_lesionmask.nii.gz" for k in range(2))],
+    ),
+}
+
+
+@pytest.mark.parametrize(("scans", "labels"), AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_a_mask_that_may_be_of_several_images_or_structures_is_joined_to_none(
+    tmp_path: Path, scans: list[str], labels: list[str]
+) -> None:
+    for number, name in enumerate(scans):
+        scan(tmp_path / name, seed=number)
+    for name in labels:
+        label(tmp_path / name)
+    index = build_index(tmp_path, "mri", keep_names=True)
+    assert masks(index) == dict.fromkeys(scans)
+    assert set(reasons(index).values()) == {"looks-like-label"}
+    assert len(index.rejected) == len(labels)
+
+
+def test_a_mask_of_a_run_is_not_that_of_another_run(tmp_path: Path) -> None:
+    for run in (1, 2):
+        scan(tmp_path / "sub-01" / "anat" / f"sub-01_run-{run}_T1w.nii.gz", seed=run)
+    label(tmp_path / "derivatives" / "sub-01" / "sub-01_run-1_dseg.nii.gz")
+    index = build_index(tmp_path, "mri", keep_names=True)
+    assert {path.rpartition("/")[2]: mask is not None for path, mask in masks(index).items()} == {
+        "sub-01_run-1_T1w.nii.gz": True,
+        "sub-01_run-2_T1w.nii.gz": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("films", "outlines"),
+    [
+        (["p1/frontal.png", "p1/lateral.png"], ["p1/mask.png"]),
+        (["images/p1_pa.png", "images/p1_lat.png"], ["masks/p1.png"]),
+        (["train/0.png", "test/0.png"], ["masks/0.png"]),
+    ],
+)
+def test_a_mask_of_pictures_is_joined_to_one_picture_only(
+    tmp_path: Path, films: list[str], outlines: list[str]
+) -> None:
+    for number, name in enumerate(films):
+        film(tmp_path / name, seed=number)
+    for name in outlines:
+        outline(tmp_path / name)
+    index = build_index(tmp_path, "xray", keep_names=True)
+    assert masks(index) == dict.fromkeys(films)

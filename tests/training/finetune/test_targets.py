@@ -127,6 +127,7 @@ def test_a_package_answers_with_a_probability_a_finding_and_no_class(
         "ood_score",
         "ood",
         "ood_feature_group",
+        "ood_reason",
     }
     truth = {record.image: str(record.label) for record in index.records}
     for place, name in enumerate(("left", "top")):
