@@ -263,9 +263,9 @@ def _rank_by_number(
     """Divide frames into parts of which part k has the k-th number at each position; None if that is ambiguous.
 
     A missing frame would shift all later frames of its position to the previous part. Therefore each position must have
-    as many frames, and either the numbers follow the same order of positions in all parts, or the parts are numbered
-    one after the other without a missing number. The last part may have fewer frames, as of a scan that was stopped, if
-    the numbers start at 1, too.
+    as many frames, and either the numbers follow the same order of positions in all parts, with the same steps at each
+    position, or the parts are numbered one after the other without a missing number. The last part may have fewer
+    frames, as of a scan that was stopped, if the numbers start at 1, too.
     """
     by_position: dict[int, list[int]] = defaultdict(list)
     for index in sorted(group, key=numbers.__getitem__):
@@ -282,7 +282,8 @@ def _rank_by_number(
     is_complete = is_consecutive and len({numbers[index] for index in group}) == last - first + 1
     if len({len(part) for part in parts}) == 1:
         has_one_order = len({tuple(positions[index] for index in part) for part in parts}) == 1
-        return parts if is_complete or has_one_order else None
+        steps = {tuple(numbers[index] - numbers[indices[0]] for index in indices) for indices in by_position.values()}
+        return parts if is_complete or (has_one_order and len(steps) == 1) else None
     is_stopped = {len(part) for part in parts[:-1]} == {len(by_position)} and len(group) == last
     return parts if is_complete and is_stopped else None
 

@@ -129,6 +129,12 @@ def test_volumes_are_told_apart_by_the_number_at_each_place(tmp_path: Path, orde
     np.testing.assert_allclose(np.diff(means), 10.0, atol=1e-3)
 
 
+def test_volumes_numbered_slice_by_slice_are_not_mixed_if_each_place_lost_one(tmp_path: Path) -> None:
+    lost = {(0, 0), (1, 1), (2, 2), (0, 3)}  # volume and slice
+    time_series(tmp_path, 3, 4, lambda volume, k: None if (volume, k) in lost else 3 * k + volume + 1)
+    assert told(tmp_path)[0] == []
+
+
 def test_volumes_of_an_order_stay_within_their_echo_and_component(tmp_path: Path) -> None:
     """Magnitude and phase of five times: within a place the numbers of the parts do not follow one order."""
 
