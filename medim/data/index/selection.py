@@ -146,6 +146,8 @@ class _ConditionParser:
         value = self._parse_value(column)
         if column in _TEXT_COLUMNS and comparison.text not in {"=", "==", "!="}:
             raise self._error(f"expected = or != for the text column {column!r}, got {comparison.text!r}")
+        if value is None and comparison.text not in {"=", "==", "!="}:
+            raise self._error(f"expected = or != before none, got {comparison.text!r}")
         return _compare(column, comparison.text, value)
 
     def _parse_column(self) -> str:

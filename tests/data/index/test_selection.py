@@ -83,6 +83,8 @@ def test_missing_numbers_satisfy_only_none_and_unequal() -> None:
         ("spacing_z<thin", "expected a number for 'spacing_z', got 'thin'"),
         ("spacing_z<nan", "expected a finite number for 'spacing_z', got 'nan'"),
         ("sequence<SE", "expected = or != for the text column 'sequence', got '<'"),
+        ("field_strength<none", "expected = or != before none, got '<'"),
+        ("spacing_z>=none", "expected = or != before none, got '>='"),
         ("sequence", "ends early"),
         ("sequence SE", "expected =, .* after 'sequence', got 'SE'"),
         ("sequence=", "ends early"),
