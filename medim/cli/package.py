@@ -197,11 +197,10 @@ def _warn_unusual(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _summarise_predictions(rows: Sequence[Mapping[str, Any]], arguments: PredictArguments) -> dict[str, Any]:
     """Count the usual, unusual and rejected images, and name the written files."""
-    from csv import DictReader
+    from medim.data.index.records import REJECTIONS_FILE, read_rejections
 
     out, groups = arguments.out, Counter(str(row["ood_feature_group"]) for row in rows if row["ood"])
-    with (out / "rejected.csv").open(encoding="utf-8", newline="") as file:
-        reasons = Counter(row["reason"] for row in DictReader(file))
+    reasons = Counter(rejection.reason for rejection in read_rejections(out / REJECTIONS_FILE))
     counts = {"predicted": len(rows), "UNUSUAL": sum(groups.values()), "rejected": sum(reasons.values())}
     details = {"UNUSUAL": groups, "rejected": reasons}
     summary: dict[str, Any] = {
@@ -210,7 +209,7 @@ def _summarise_predictions(rows: Sequence[Mapping[str, Any]], arguments: Predict
     if all(row["ood"] is None for row in rows):
         summary["UNUSUAL"] = "not known: this package has no out-of-distribution detector"
     if reasons:
-        summary["reasons"] = out / "rejected.csv"
+        summary["reasons"] = out / REJECTIONS_FILE
     pictures = {"pictures": out / "previews"} if arguments.preview else {}
     return {**summary, "written to": out / "predictions.csv", **pictures}
 

@@ -214,14 +214,13 @@ def track_prediction(package: Package, out: Path, output_format: str, start: flo
 
 def _build_prediction_result(package: Package, out: Path, output_format: str, start: float) -> TrackedResult:
     from collections import Counter
-    from csv import DictReader
 
+    from medim.data.index.records import REJECTIONS_FILE, read_rejections
     from medim.files import read_json
     from medim.tracking.results import TrackedResult
 
     counts = read_json(out / "summary.json")["counts"]
-    with (out / "rejected.csv").open(encoding="utf-8", newline="") as file:
-        reasons = Counter(row["reason"] for row in DictReader(file))
+    reasons = Counter(rejection.reason for rejection in read_rejections(out / REJECTIONS_FILE))
     described = _describe_contract(package)
     return TrackedResult(
         command="predict",
