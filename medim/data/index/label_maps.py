@@ -89,12 +89,12 @@ def separate_label_maps(
     root: Path,
     may_join: bool,
 ) -> tuple[list[ImageInfo], list[RejectedFile]]:
-    """Remove label maps from the images, and add those that fit exactly one image to `layout.masks`.
+    """Remove label maps from the images, and add those with an image of their own to `layout.masks`.
 
     Args:
         images: images of the modality.
         rejected: all rejected files, with those that the layout rejects by their name.
-        layout: masks that are already known; those found are added.
+        layout: masks by image; the joined label maps are added.
         scanner: reads the masks.
         root: common folder of the sources.
         may_join: whether masks are joined; otherwise they are all rejected.
@@ -112,13 +112,14 @@ def separate_label_maps(
     label_maps += _find_rejected_masks(rejected, root, scanner)
     if may_join:
         _join_label_maps(label_maps, other_images, names, layout, scanner)
-    label_map_paths = {label_map.path for label_map in label_maps}
-    if n_images := sum(mask in label_map_paths for mask in layout.masks.values()):
-        n_joined = len(label_map_paths.intersection(layout.masks.values()))
-        log.info("%d label maps have the name and grid of %d images, and are used as their masks", n_joined, n_images)
-    replaced = {label_map.path for label_map in label_maps}
-    joined = set(layout.masks.values())
-    rejections = [rejection for rejection in rejected if rejection.path not in replaced]
+    paths, masks = {label_map.path for label_map in label_maps}, list(layout.masks.values())
+    joined = paths.intersection(masks)
+    if joined:
+        n_images = sum(mask in joined for mask in masks)
+        log.info(
+            "%d label maps have the name and grid of %d images, and are used as their masks", len(joined), n_images
+        )
+    rejections = [rejection for rejection in rejected if rejection.path not in paths]
     rejections += [label_map.rejection for label_map in label_maps if label_map.path not in joined]
     return other_images, rejections
 
