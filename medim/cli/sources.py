@@ -1,4 +1,4 @@
-"""Read the images of a command from its arguments, and print what was read."""
+"""Read the images of a command from its arguments, and print their summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_source(
         arguments: arguments with `data` and `where`, and optionally `labels`, `subjects`, `keep_names`, `split_seed`.
         modality: modality of the images.
         out: folder in which the command writes `rejected.csv`, for the printed block.
-        show: whether to print what was read.
+        show: whether to print the summary.
 
     Returns:
         The index, and the folder of the store if the data are a store.
@@ -58,12 +58,12 @@ def name_label_columns(arguments: Any) -> Path | TableFile | None:
     columns = {column: getattr(arguments, f"{column}_column") for column in COLUMN_OPTIONS}
     columns = {column: name for column, name in columns.items() if name is not None}
     if columns and arguments.labels is None:
-        raise UsageError(f"{COLUMN_OPTIONS[next(iter(columns))]}: requires --labels, whose column it names.")
+        raise UsageError(f"{COLUMN_OPTIONS[next(iter(columns))]}: requires --labels, the table with this column.")
     return TableFile(arguments.labels, columns) if columns else arguments.labels
 
 
 def show_source(arguments: Any, index: Index, out: Path | None) -> None:
-    """Print what a command reads."""
+    """Print the summary of the images that a command reads."""
     from medim.data.index.records import REJECTIONS_FILE
 
     rejections_file = None if out is None else out / REJECTIONS_FILE

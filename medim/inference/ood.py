@@ -186,7 +186,7 @@ def describe_difference(group: str, row: Array, gaussian: GaussianModel) -> str:
         gaussian: model of the group.
 
     Returns:
-        Phrase such as "height of the image 5.1 times that of the training images".
+        Phrase such as "largest voxel size 5.1 times that of the training images".
     """
     deviations = np.nan_to_num((row - gaussian.mean) / gaussian.scale, nan=np.inf)
     place = int(np.abs(deviations).argmax())

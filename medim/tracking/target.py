@@ -90,11 +90,11 @@ def check_uri_form(uri: str) -> None:
     Raises:
         UserError: the URI has no scheme, or is that of a database in memory.
     """
-    scheme, _, location = uri.partition("://")
+    scheme, separator, location = uri.partition("://")
     if uri in {"databricks", "uc"} or uri.startswith(("databricks:", "uc:")):
         remedy = "which is a service outside your site. Give the address of an MLflow server or database"
         raise UserError(f"MLFLOW_TRACKING_URI={uri}: Databricks is not supported, {remedy}.")
-    if not _ or not scheme:
+    if not (scheme and separator):
         raise UserError(
             f"MLFLOW_TRACKING_URI={_format_uri()}: expected an address such as http://SERVER:5000 or "
             "sqlite:////FOLDER/mlflow.db. Correct it, or unset it to track in a local file."

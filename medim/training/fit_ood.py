@@ -88,6 +88,7 @@ def estimate_validation_seconds(model: Model, cohort: Cohort, records: Sequence[
     training, seconds, run = model.training, 0.0, as_numpy_function(model.eval())
 
     def time_first(place: int, window: Array) -> None:
+        """Measure the time of the first window only."""
         nonlocal seconds
         if place == 0:
             start = time.perf_counter()

@@ -316,6 +316,7 @@ def _write_history_during(run: _PretrainRun) -> Callable[[], None]:
     last = time.monotonic()
 
     def write_history() -> None:
+        """Write the history; draw the figures at most once in `FIGURE_SECONDS`."""
         nonlocal last
         with log_failure("history.csv", "The run continues; it is written again after the next validation."):
             run.history.write(run.out / "history.csv")
