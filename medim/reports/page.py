@@ -26,6 +26,7 @@ class ReportTable:
         note: note below the table.
         wide: whether the table takes the whole width of the page.
         prose: whether cells are words instead of numbers, aligned to the left.
+        folded: whether only the title is visible until the reader opens the table.
     """
 
     caption: str
@@ -34,6 +35,7 @@ class ReportTable:
     note: str = ""
     wide: bool = False
     prose: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class ContactSheet:
 
 
 @dataclass(frozen=True)
+class FoldedFigures:
+    """Figures in a collapsed block."""
+
+    title: str
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True)
 class ReportSection:
     """A section of the page: one run, evaluation, index or package.
 
@@ -75,6 +85,7 @@ class ReportSection:
         facts: pairs of name and value.
         tables: tables above the figures.
         figures: figures, placed next to each other if the page is wide enough.
+        folded: collapsed blocks of further figures.
         sheet: contact sheet.
         after: tables below the figures and the contact sheet.
         details: long texts in collapsed blocks: title and text.
@@ -86,6 +97,7 @@ class ReportSection:
     facts: Sequence[tuple[str, str]] = ()
     tables: Sequence[ReportTable] = ()
     figures: Sequence[Figure] = ()
+    folded: Sequence[FoldedFigures] = ()
     sheet: ContactSheet | None = None
     after: Sequence[ReportTable] = ()
     details: Sequence[tuple[str, str]] = ()

@@ -79,19 +79,23 @@ def write_report_page(folder: Path) -> Path:
     return path
 
 
-def render_page(title: str, sections: list[ReportSection]) -> str:
+def render_page(title: str, sections: list[ReportSection], *, headline_first: bool = False) -> str:
     """Render the page as HTML.
 
     Args:
         title: title of the page.
         sections: sections in order.
+        headline_first: whether the contents follow the first section instead of the title.
     """
     loader = PackageLoader("medim.reports", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["breakable"] = mark_breaks
-    return environment.get_template(TEMPLATE_NAME).render(title=title, sections=sections, version=__version__) + "\n"
+    html = environment.get_template(TEMPLATE_NAME).render(
+        title=title, sections=sections, headline_first=headline_first, version=__version__
+    )
+    return html + "\n"
 
 
 def mark_breaks(text: str) -> Markup:

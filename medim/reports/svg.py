@@ -15,14 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 WIDTH = 4.6  # inches: 331 CSS pixels, about the width of a phone screen
+LARGE_WIDTH = 6.4
 _COLOURS = {  # placeholder colour in matplotlib -> colour variable of the page (light or dark)
     "#010101": "var(--ink)",
     "#020202": "var(--soft)",
     "#030303": "var(--one)",
     "#040404": "var(--two)",
     "#050505": "var(--line)",
+    "#060606": "var(--three)",
+    "#070707": "var(--four)",
+    "#080808": "var(--five)",
 }
-INK, SOFT, ONE, TWO, LINE = _COLOURS
+INK, SOFT, ONE, TWO, LINE, THREE, FOUR, FIVE = _COLOURS
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "medim",
@@ -56,11 +60,13 @@ class Figure:
         svg: the drawing.
         alt: description with the numbers of the figure.
         caption: title of the figure.
+        large: whether the figure has a row of its own.
     """
 
     svg: Markup
     alt: str
     caption: str
+    large: bool = False
 
     def placed(self, place: str) -> Markup:
         """Add a title and a description to the drawing, and prefix its ids to make them unique in the page."""
@@ -71,16 +77,16 @@ class Figure:
         return Markup(head + Markup(attributes + ">") + words.format(place, self.caption, self.alt) + Markup(body))
 
 
-def draw_legend(axes: Axes) -> None:
+def draw_legend(axes: Axes, ncols: int = 3) -> None:
     """Draw a legend above the axes, where it covers no data."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, handlelength=1.6)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=ncols, borderaxespad=0.2, handlelength=1.6)
 
 
 @contextmanager
-def open_canvas(height: float) -> Iterator[tuple[Canvas, Axes]]:
-    """Open an empty drawing, `height` inches high, in the style of the page."""
+def open_canvas(height: float, width: float = WIDTH) -> Iterator[tuple[Canvas, Axes]]:
+    """Open an empty drawing of this size in inches, in the style of the page."""
     with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        canvas = Canvas(figsize=(width, height), layout="constrained")
         canvas.patch.set_visible(False)
         axes = canvas.subplots()
         axes.patch.set_visible(False)

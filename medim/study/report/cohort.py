@@ -63,7 +63,7 @@ def build_splits_section(study: StudyView) -> ReportSection:
             ReportTable("From files to images", ("", "Images"), flow),
             ReportTable("Splits", ("", "Images", "Subjects"), splits),
             ReportTable("Overlap of training and evaluation", ("", "Number"), overlap_rows, note),
-            ReportTable("Label budgets", head, labels, nesting_note, wide=True),
+            ReportTable("Label budgets", head, labels, nesting_note, wide=True, folded=True),
         ],
     )
 

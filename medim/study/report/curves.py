@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from medim.metrics.calibration import Calibration, compute_calibration
-from medim.reports.page import Banner, ReportSection, metric_name, pluralise
+from medim.reports.page import Banner, FoldedFigures, ReportSection, metric_name, pluralise
 from medim.reports.svg import Figure
 from medim.study.design import SCRATCH
 from medim.study.report import figures
@@ -15,49 +17,63 @@ from medim.tasks.classification import TRUTH
 
 
 def build_curves_section(study: StudyView) -> ReportSection:
-    """Build the section: curves over labels per arm, curves over steps per arm and budget, calibration per budget."""
-    others = [arm for arm in study.arms if arm != SCRATCH]
-    plots = [figure for arm in others if (figure := _plot_over_labels(study, arm))]
-    plots += [figure for b in study.budgets for arm in others if (figure := _plot_over_steps(study, arm, b))]
+    """Build the section: curves over steps and calibration per budget; of several arms, each over labels (folded)."""
+    others = _list_other_arms(study)
+    plots = [figure for budget in study.budgets if (figure := _plot_over_steps(study, budget))]
     plots += _plot_calibrations(study)
+    single_plots = [figure for arm in others if (figure := plot_over_labels(study, [arm]))] if len(others) > 1 else []
     return ReportSection(
         "curves",
         "Curves",
-        Banner(
-            "plain",
-            pluralise(len(plots), "figure"),
-            "Bands and bars are 95 % intervals; the axis of labels is logarithmic.",
-        ),
+        Banner("plain", pluralise(len(plots) + len(single_plots), "figure"), "Bands and bars are 95 % intervals."),
         figures=plots,
+        folded=[FoldedFigures("Each arm over labels", single_plots)] if single_plots else [],
     )
 
 
-def _plot_over_labels(study: StudyView, arm: str) -> Figure | None:
+def plot_over_labels(study: StudyView, arms: Sequence[str] | None = None) -> Figure | None:
+    """Plot the metric of arms and of from scratch over the number of labels.
+
+    Args:
+        study: view of the study.
+        arms: names of the arms; None for all.
+
+    Returns:
+        The figure; None without results of an arm and of from scratch.
+    """
     lines = {}
-    for name in (arm, SCRATCH):
+    for name in (*(_list_other_arms(study) if arms is None else arms), SCRATCH):
         points = [(float(n), study.get_interval(study.metric, name, b)) for b, n in study.budgets.items()]
-        lines[arm_title(name)] = [(n, estimate) for n, estimate in points if estimate is not None]
-    if not all(lines.values()):
+        if measured_points := [(n, estimate) for n, estimate in points if estimate is not None]:
+            lines[arm_title(name)] = measured_points
+    if len(lines) < 2 or arm_title(SCRATCH) not in lines:
         return None
     metric = _short_metric_name(study)
-    return figures.plot_curves(lines, "labels", metric, f"{metric} over labels: {arm}", log=True)
+    caption = f"{metric} over labels: {'all arms' if arms is None else ', '.join(arms)}"
+    return figures.plot_curves(lines, "labels", metric, caption, log=True)
 
 
-def _plot_over_steps(study: StudyView, arm: str, budget: str) -> Figure | None:
-    """Plot an arm and budget with intermediate evaluations over steps, and the final level of from scratch."""
-    row, results = study.find_row(arm, budget), study.results
-    if results is None or row is None or not row["time_to_scratch"]:
+def _list_other_arms(study: StudyView) -> list[str]:
+    return [arm for arm in study.arms if arm != SCRATCH]
+
+
+def _plot_over_steps(study: StudyView, budget: str) -> Figure | None:
+    """Plot the arms with intermediate evaluations over steps, and the final level of from scratch."""
+    results, rows = study.results, [study.find_row(arm, budget) for arm in _list_other_arms(study)]
+    arms = [row["arm"] for row in rows if row is not None and row["time_to_scratch"]]
+    if results is None or not arms:
         return None
     lines = {}
-    for name in (arm, SCRATCH):
+    for name in (*arms, SCRATCH):
         steps: list[int | None] = [*results.steps(name, budget), None]
         points = [(s or study.summary["steps"], study.get_interval(study.metric, name, budget, s)) for s in steps]
-        lines[arm_title(name)] = [(float(step), estimate) for step, estimate in points if estimate is not None]
-    if not all(lines.values()):
+        if measured_points := [(float(step), estimate) for step, estimate in points if estimate is not None]:
+            lines[arm_title(name)] = measured_points
+    if len(lines) < 2 or arm_title(SCRATCH) not in lines:
         return None
     metric, labels = _short_metric_name(study), pluralise(study.budgets[budget], "label")
-    caption = f"{metric} over steps with {labels}: {arm}"
-    return figures.plot_curves(lines, "steps", metric, caption, level=row["time_to_scratch"]["level"])
+    final_level = lines[arm_title(SCRATCH)][-1][1].value
+    return figures.plot_curves(lines, "steps", metric, f"{metric} over steps with {labels}", level=final_level)
 
 
 def _plot_calibrations(study: StudyView) -> list[Figure]:

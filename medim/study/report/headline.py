@@ -17,6 +17,7 @@ from medim.reports.page import (
 )
 from medim.study.content import ComparisonRow
 from medim.study.report.audit import alarming_shortcuts, format_size_auroc
+from medim.study.report.curves import plot_over_labels
 from medim.study.report.format import format_difference, format_p_value
 from medim.study.report.pretraining import unhealthy_pretraining
 from medim.study.report.results import PROTOCOL_LABELS
@@ -59,11 +60,13 @@ def build_verdict_section(study: StudyView) -> ReportSection:
     note = "Verdicts are corrected for all comparisons of fine-tuned arms, and separately for those of frozen arms. "
     note += "No evidence of a benefit does not mean evidence "
     note += "of no benefit; consider the width of the interval."
+    curve = plot_over_labels(study)
     return ReportSection(
         "verdict",
         "Benefit of pretraining",
         Banner(state, headline, (text + " ".join(filter(None, caveats))).strip()),
-        tables=[
+        figures=[curve] if curve else [],
+        after=[
             ReportTable(
                 "Every arm at its best-supported budget",
                 ("Arm", "Verdict", "In labels"),
@@ -143,6 +146,7 @@ def build_trust_section(study: StudyView) -> ReportSection:
                 head,
                 rows,
                 wide=True,
+                folded=True,
             ),
             *_build_cell_tables(study),
         ],

@@ -13,7 +13,7 @@ from medim.files import write_json
 from medim.migrations import read_checked_json
 from medim.reports.content import CurveContent, HealthContent, PretrainContent, PretrainingContent
 from medim.reports.figures import LossCurve, loss_curve, thin_curve
-from medim.reports.page import NOT_REPORTED, Banner, ReportSection, ReportTable, format_value, pluralise
+from medim.reports.page import NOT_REPORTED, Banner, FoldedFigures, ReportSection, ReportTable, format_value, pluralise
 from medim.reports.runs import read_history
 from medim.reports.training_curves import VERDICT_BANNERS
 from medim.study.design import Arm
@@ -77,8 +77,8 @@ def build_health_section(study: StudyView) -> ReportSection:
         "health",
         "Pretraining runs",
         banner,
-        tables=[ReportTable("Health of the pretraining runs", head, rows, wide=True)] if rows else [],
-        figures=plots,
+        tables=[ReportTable("Health of the pretraining runs", head, rows, wide=True, folded=True)] if rows else [],
+        folded=[FoldedFigures("Loss curves", plots)] if plots else [],
     )
 
 

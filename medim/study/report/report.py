@@ -47,7 +47,7 @@ def write_study_page(folder: Path, *, title: str = "") -> Path:
     """
     study = open_study(folder)
     sections = [build_section(study) for build_section in STUDY_SECTIONS]
-    write_text(folder / PAGE_NAME, render_page(title or folder.resolve().name, sections))
+    write_text(folder / PAGE_NAME, render_page(title or folder.resolve().name, sections, headline_first=True))
     record_output_file(folder / PAGE_NAME)
     return folder / PAGE_NAME
 

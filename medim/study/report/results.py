@@ -100,7 +100,7 @@ def _build_savings_tables(study: StudyView) -> list[ReportTable]:
         "evaluated step at which the arm reaches the final metric of from scratch. Values are not extrapolated; values "
         'outside the evaluated range are given as "more than", "fewer than" or "at most".'
     )
-    return [ReportTable("Labels and steps saved", SAVINGS_HEAD, rows, note, wide=True)] if rows else []
+    return [ReportTable("Labels and steps saved", SAVINGS_HEAD, rows, note, wide=True, folded=True)] if rows else []
 
 
 def _build_metric_tables(study: StudyView) -> list[ReportTable]:
@@ -131,7 +131,8 @@ def _build_metric_tables(study: StudyView) -> list[ReportTable]:
     matches = [match for match in map(find_metric, study.results.metrics) if match]
     has_penalty = study.summary.get("metric_rule", 1) == METRIC_RULE
     notes += [MISSED_NOTE] * (has_penalty and any(metric.is_distance for metric, _ in matches))
-    return [ReportTable(caption, ("Arm", "Metric", "Value", "Better"), rows, " ".join(notes), wide=True)]
+    head = ("Arm", "Metric", "Value", "Better")
+    return [ReportTable(caption, head, rows, " ".join(notes), wide=True, folded=True)]
 
 
 def _format_defined_cases(study: StudyView, metric: str, arm: str, budget: str) -> str:
@@ -163,7 +164,7 @@ def _build_rate_tables(study: StudyView) -> list[ReportTable]:
         "so the labels used for selection are part of the budget. The evaluation split is not used."
     )
     head = ("Arm", "Budget", "Learning rate", "Selection", "Validation scores")
-    return [ReportTable("Learning rates", head, rows, note, wide=True)] if rows else []
+    return [ReportTable("Learning rates", head, rows, note, wide=True, folded=True)] if rows else []
 
 
 def _format_case_count(study: StudyView) -> str:

@@ -199,6 +199,24 @@ def test_an_anchor_neither_takes_the_headline_nor_costs_the_encoder_its_correcti
     assert "anchor" in page
 
 
+def test_one_label_curve_of_all_arms_precedes_tables_and_contents_and_details_are_folded(study_of: Study) -> None:
+    page = write_study_page(study_of(0.1, anchor=0.05)).read_text()
+    assert page.index('<figure class="large">') < min(page.index("<table"), page.index("<nav"))
+    first_figure = page.split('<figure class="large">')[1].split("</figure>")[0]
+    assert "<figcaption>Dice over labels: all arms</figcaption>" in first_figure
+    assert re.search(r"<desc[^>]*>Dice\. dim: 0\.\d+ .*; anchor: 0\.\d+ .*; from scratch: 0\.\d+ ", first_figure)
+    folded = re.findall(r"<details><summary>([^<]+)</summary>\s*<div[^>]*>\s*<table", page)
+    assert folded == [
+        "Evaluation images in training data (of 12 images)",
+        "Label budgets",
+        "Labels and steps saved",
+        "All metrics with 80 labels",
+        "Learning rates",
+    ]
+    curves = page.split('id="curves"')[1].split("</section>")[0]
+    assert curves.count("<figure") - curves.split("Each arm over labels")[1].count("<figure") == 3  # one per budget
+
+
 def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
     _, headline, _ = banner(write_study_page(study_of(0.1, budgets=("20",))).read_text(), "verdict")
     expected = r"With 20 labels the pretrained encoder is better: \+0\.\d+ \(.*\) against from scratch\."
