@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from medim.metrics.calibration import Calibration
