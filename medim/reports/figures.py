@@ -72,7 +72,11 @@ def loss_curve(curve: LossCurve) -> Figure:
     if curve.chance is not None:
         parts.append(f"chance level {curve.chance:.3g}")
     caption = "Training loss" if curve.name == "loss" else f"Loss of {curve.name}"
-    return Figure(svg, "; ".join(parts) + ".", caption)
+    data: list[Sequence[object]] = [("part", "step", "loss")]
+    data += [("training", step, value) for step, value in zip(steps, loss, strict=True)]
+    data += [("validation", step, value) for step, value in curve.val]
+    data += [] if curve.chance is None else [("chance", "", curve.chance)]
+    return Figure(svg, "; ".join(parts) + ".", caption, data=data)
 
 
 def line_plot(
@@ -101,7 +105,8 @@ def line_plot(
             draw_legend(axes)
         svg = render_svg(canvas)
     last = ", ".join(f"{name} {pairs[-1][1]:.3g} at step {pairs[-1][0]}" for name, pairs in points_by_name.items())
-    return Figure(svg, f"{caption}: {last}.", caption)
+    data = [("name", "step", label), *((name, *pair) for name, pairs in points_by_name.items() for pair in pairs)]
+    return Figure(svg, f"{caption}: {last}.", caption, data=data)
 
 
 def interval_plot(rows: Sequence[IntervalRow], caption: str, *, arms: tuple[str, str] | None = None) -> Figure:
@@ -132,7 +137,11 @@ def interval_plot(rows: Sequence[IntervalRow], caption: str, *, arms: tuple[str,
     descriptions = [
         f"{_arm_prefix(row, arms)}{row.name} {format_interval(row.value, row.low, row.high)}" for row in rows
     ]
-    return Figure(svg, "; ".join(descriptions) + ".", caption)
+    data = [
+        ("name", "arm", "value", "low", "high"),
+        *((row.name, arms[row.second] if arms else "", row.value, row.low, row.high) for row in rows),
+    ]
+    return Figure(svg, "; ".join(descriptions) + ".", caption, data=data)
 
 
 def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, *, dot: str = "image") -> Figure:
@@ -157,7 +166,8 @@ def strip_plot(values: Mapping[str, Sequence[float]], label: str, caption: str, 
         f"{name}: median {np.median(v):.3g}, lowest {np.min(v):.3g}, highest {np.max(v):.3g}"
         for name, v in values.items()
     ]
-    return Figure(svg, f"{label} of each {dot}. " + "; ".join(descriptions) + ".", caption)
+    data = [("group", label), *((name, float(value)) for name, numbers in values.items() for value in numbers)]
+    return Figure(svg, f"{label} of each {dot}. " + "; ".join(descriptions) + ".", caption, data=data)
 
 
 def volume_scatter(
@@ -202,7 +212,9 @@ def volume_scatter(
         f"{name}: predicted minus true {name_of_values} {v.mean():+.3g}{unit} on average, SD {v.std():.2g}"
         for name, v in gaps.items()
     ]
-    return Figure(svg, "; ".join(descriptions) + ".", caption)
+    data: list[Sequence[object]] = [("class", f"true {quantity}", f"predicted {quantity}")]
+    data += [(name, *map(float, pair)) for name in truth for pair in zip(truth[name], predicted[name], strict=True)]
+    return Figure(svg, "; ".join(descriptions) + ".", caption, data=data)
 
 
 def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None, caption: str) -> Figure:
@@ -239,7 +251,9 @@ def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None,
         for a, b, (low, high), (_, m) in zip(x, y, intervals, bin_masks, strict=True)
     )
     error = "" if ece is None else f" Expected calibration error {ece:.3f}."
-    return Figure(svg, f"{description}.{error}", caption)
+    data: list[Sequence[object]] = [("predicted probability", "share of correct predictions", "low", "high", "images")]
+    data += [(a, b, *ends, int(m.sum())) for a, b, ends, (_, m) in zip(x, y, intervals, bin_masks, strict=True)]
+    return Figure(svg, f"{description}.{error}", caption, data=data)
 
 
 def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: str) -> Figure:
@@ -271,9 +285,14 @@ def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: s
         descriptions.append(
             f"{group_prefix}{low} to {high}, median {median}, interquartile range {lower_quartile} to {upper_quartile}"
         )
-    return Figure(
-        svg, f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(descriptions) + ".", caption
-    )
+    data: list[Sequence[object]] = [("group", f"{label}, from", "to", "images")]
+    data += [
+        (name, float(low), float(high), int(count))
+        for name, numbers in values.items()
+        for low, high, count in zip(edges[:-1], edges[1:], np.histogram(numbers, edges)[0], strict=True)
+    ]
+    text = f"{label}, of {len(next(iter(values.values())))} images. " + "; ".join(descriptions) + "."
+    return Figure(svg, text, caption, data=data)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -302,13 +321,16 @@ def roc_curve(curves: Mapping[str, tuple[Array, Array]], caption: str) -> Figure
             draw_legend(axes)
         svg = render_svg(canvas)
     descriptions = []
+    data: list[Sequence[object]] = [("class", "1 - specificity", "sensitivity")]
     for name, (false_positive_rates, sensitivities) in curves.items():
         points = [
             f"{sensitivities[false_positive_rates <= share + 1e-9].max():.2f} at specificity {1 - share:.2f}"
             for share in (0.05, 0.1, 0.2)
         ]
         descriptions.append(f"{name}: sensitivity {', '.join(points)}")
-    return Figure(svg, "; ".join(descriptions) + ".", caption)
+        kept = np.unique(np.linspace(0, len(sensitivities) - 1, MAX_POINTS).astype(int))
+        data += [(name, float(false_positive_rates[k]), float(sensitivities[k])) for k in kept]
+    return Figure(svg, "; ".join(descriptions) + ".", caption, data=data)
 
 
 def format_interval(value: float | None, low: float | None, high: float | None) -> str:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
 import shutil
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet
@@ -24,6 +28,7 @@ from medim.types import UserError
 from tests.evaluation.conftest import make_masks, make_run
 
 CHROMIUM = Path("/usr/bin/chromium")
+DOWNLOADS = ("data:image/svg+xml;charset=utf-8", "data:text/csv;charset=utf-8")
 NASTY = "<script>alert(1)</script>"
 
 
@@ -165,8 +170,8 @@ class Page(HTMLParser):
 
 
 def words(html: str) -> str:
-    """A page without its pictures, whose bytes may spell anything."""
-    return re.sub(r'src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"', "", html)
+    """A page without its pictures, whose bytes may spell anything, and without its downloads."""
+    return re.sub(r'src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"|href="data:[^"]+"', "", html)
 
 
 def test_a_folder_of_parts_becomes_one_page_with_contents_and_a_comparison(html: str) -> None:
@@ -192,10 +197,32 @@ def test_the_page_is_whole_and_refers_to_nothing_but_itself(html: str) -> None:
     assert len(page.ids) == len(set(page.ids))
     inner = [reference for reference in page.references if reference.startswith("#")]
     assert {reference[1:] for reference in inner} <= set(page.ids)
-    outer = [reference for reference in page.references if not reference.startswith("#")]
-    assert {reference[:23] for reference in outer} == {"data:,", "data:image/jpeg;base64,"}
+    outer = {reference.split(",")[0] for reference in page.references if not reference.startswith("#")}
+    assert outer == {"data:", "data:image/jpeg;base64", *DOWNLOADS}
     assert "script" not in page.tags
     assert "http" not in words(html).replace("http-equiv", "")
+
+
+def test_every_figure_is_a_file_to_download_with_its_numbers(html: str) -> None:
+    figures = re.findall(r"<figure>(.*?)</figure>", html, flags=re.DOTALL)
+    assert len(figures) >= 10
+    names = set()
+    for figure in figures:
+        links = re.findall(r'<a href="(data:[^,]+),([^"]+)" download="([^"]+)"', figure)
+        assert [kind for kind, *_ in links] == list(DOWNLOADS)
+        svg, table = (unquote(unescape(content)) for _, content, _ in links)
+        root = ElementTree.fromstring(svg)
+        assert root.attrib["width"].endswith("pt")
+        assert not re.search(r"var\(|#0[1-8]0|inherit", svg)
+        used = [href[1:] for one in root.iter() for name, href in one.items() if name.endswith("}href")]
+        assert set(used) <= {one.attrib["id"] for one in root.iter() if "id" in one.attrib}
+        rows = list(csv.reader(table.splitlines()))
+        assert len(rows) > 1
+        assert {len(row) for row in rows} == {len(rows[0])}
+        names |= {name for *_, name in links}
+    assert "Pretraining-pretrain-Loss-of-local_dim.csv" in names
+    assert "training,1,3.38\n" in unquote(html)
+    assert "validation,40,2.65\n" in unquote(html)
 
 
 def test_results_of_an_earlier_metric_rule_are_named_and_misses_stand_beside_distances(

@@ -86,7 +86,9 @@ def plot_curves(
         + ", ".join(f"{format_estimate(estimate)} at {position:,.0f} {unit}" for position, estimate in points)
         for name, points in lines.items()
     ]
-    return Figure(svg, f"{metric}. " + "; ".join(descriptions) + ".", caption, large=is_large)
+    data: list[Sequence[object]] = [("arm", unit, metric, "low", "high")]
+    data += [(name, x, e.value, e.low, e.high) for name, points in lines.items() for x, e in points]
+    return Figure(svg, f"{metric}. " + "; ".join(descriptions) + ".", caption, large=is_large, data=data)
 
 
 def arm_style(number: int) -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ from medim.study.comparisons import build_comparisons
 from medim.study.report.methods import fill_checklists
 from medim.study.report.report import is_study, write_study_page
 from medim.types import UserError
-from tests.reports.test_report import CHROMIUM, Page
+from tests.reports.test_report import CHROMIUM, DOWNLOADS, Page
 from tests.study.report.conftest import audit_of
 
 Study = Callable[..., Path]
@@ -65,7 +65,7 @@ def test_the_page_has_its_parts_in_order_and_refers_to_nothing_but_itself(html: 
     assert re.findall(r"<h2[^>]*>(.*?)</h2>", html) == TITLES
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
-    assert {one for one in page.references if not one.startswith("#")} == {"data:,"}
+    assert {one.split(",")[0] for one in page.references if not one.startswith("#")} == {"data:", *DOWNLOADS}
     assert {one[1:] for one in page.references if one.startswith("#")} <= set(page.ids)
     assert "script" not in page.tags
 
@@ -203,7 +203,7 @@ def test_one_label_curve_of_all_arms_precedes_tables_and_contents_and_details_ar
     page = write_study_page(study_of(0.1, anchor=0.05)).read_text()
     assert page.index('<figure class="large">') < min(page.index("<table"), page.index("<nav"))
     first_figure = page.split('<figure class="large">')[1].split("</figure>")[0]
-    assert "<figcaption>Dice over labels: all arms</figcaption>" in first_figure
+    assert "<figcaption>Dice over labels: all arms<span" in first_figure
     assert re.search(r"<desc[^>]*>Dice\. dim: 0\.\d+ .*; anchor: 0\.\d+ .*; from scratch: 0\.\d+ ", first_figure)
     folded = re.findall(r"<details><summary>([^<]+)</summary>\s*<div[^>]*>\s*<table", page)
     assert folded == [
@@ -427,6 +427,10 @@ def test_a_browser_shows_the_page_without_error_request_or_overflow(page: Path, 
         assert [one for one in said if not one.startswith("data:")] == [page.as_uri()]
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.get_by_role("img").count() == tab.locator("figure").count() > 0
+        with tab.expect_download() as download:
+            tab.get_by_role("link", name="Dice over labels: all arms, CSV").click()
+        assert download.value.suggested_filename == "Benefit-of-pretraining-Dice-over-labels-all-arms.csv"
+        assert Path(download.value.path()).read_text().startswith("arm,labels,Dice,low,high\ndim,5,0.")
         tab.close()
 
 
