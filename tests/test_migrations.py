@@ -36,7 +36,7 @@ JSON_FILES: dict[str, FileKind] = {
     "study/audit.json": "audit",
 }
 PAGE_TEXTS = {
-    "run": ["4: the latest measured step whose probe", "31 %"],
+    "run": ["the latest measured step whose probe", "31 %"],
     "finetuned": ["0 images, 0 subjects", "Labelled images used"],
     "evaluated": ["Subjects excluded (in the training data)", "48 images, 48 subjects"],
 }

@@ -14,7 +14,7 @@ from medim.data.loading.quality_table import MAX_DUPLICATE_BITS, ImageQuality, r
 from medim.data.preprocessing.quality import FLAGS, QualityMetrics, list_flags
 from medim.reports import figures
 from medim.reports.contact_sheet import build_contact_sheet
-from medim.reports.page import Banner, ReportSection, ReportTable, count_table, format_value, pluralise
+from medim.reports.page import MODALITY_TEXTS, Banner, ReportSection, ReportTable, count_table, format_value, pluralise
 from medim.reports.svg import Figure
 
 AXIS_NAMES = {2: ("down", "across"), 3: ("left to right", "back to front", "foot to head")}
@@ -64,6 +64,8 @@ def build_cohort_section(folder: Path, anchor: str) -> ReportSection:
             f"{pluralise(len(records), 'image')} of {pluralise(subjects, 'subject')}",
             text,
         ),
+        data=f"{MODALITY_TEXTS[index.modality]}: {pluralise(len(records), 'image')} of "
+        f"{pluralise(subjects, 'subject')}; index {index.hash[:12]}",
         facts=[
             ("Modality", index.modality),
             ("Sessions", format_value(sessions or None)),

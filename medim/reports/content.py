@@ -169,6 +169,12 @@ class CommandContent(TypedDict, total=False):
     command: str | None
 
 
+class VersionContent(TypedDict, total=False):
+    """Versions of the libraries that wrote a `summary.json`."""
+
+    versions: dict[str, str]
+
+
 class PackageContent(TypedDict, total=False):
     """Content of `medim.json` of a package."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
-from scipy.stats import binomtest
 
 from medim.reports.svg import INK, ONE, SOFT, TWO, Figure, draw_legend, open_canvas, render_svg
 from medim.types import Array
 
 MAX_POINTS = 300
 MAX_BINS = 24
+Z_95 = 1.959964  # quantile of the normal distribution for 95 % intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +242,7 @@ def reliability_diagram(confidence: Array, is_correct: Array, ece: float | None,
             axes.plot([place, place], [low, high], color=ONE, linewidth=2, alpha=0.4)
         axes.plot(x, y, color=ONE, linewidth=1.5)
         axes.scatter(x, y, s=sizes, color=ONE, alpha=0.7, linewidths=0)
+        label_counts(axes, x, y, [int(mask.sum()) for _, mask in bin_masks], ONE)
         axes.set_xlim(0, 1.04)
         axes.set_ylim(0, 1.04)
         axes.set_xlabel("predicted probability")
@@ -295,10 +297,22 @@ def plot_histogram(values: Mapping[str, Sequence[float]], label: str, caption: s
     return Figure(svg, text, caption, data=data)
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927); trials are independent."""
-    interval = binomtest(successes, trials).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927); trials are independent, and their number need not be whole."""
+    share, weight = successes / trials, Z_95**2 / trials
+    centre = (share + weight / 2) / (1 + weight)
+    half_width = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+
+
+def label_counts(
+    axes: Axes, x: Sequence[float], y: Sequence[float], counts: Sequence[int], colour: str, *, below: bool = False
+) -> None:
+    """Write the number of cases beside each point of a curve."""
+    for a, b, count in zip(x, y, counts, strict=True):
+        offset, alignment = ((4, -4), "top") if below else ((-4, 4), "bottom")
+        sides: Any = {"ha": "left" if below else "right", "va": alignment}
+        axes.annotate(f"{count:,}", (a, b), offset, textcoords="offset points", color=colour, fontsize=8, **sides)
 
 
 def roc_curve(curves: Mapping[str, tuple[Array, Array]], caption: str) -> Figure:
@@ -328,8 +342,8 @@ def roc_curve(curves: Mapping[str, tuple[Array, Array]], caption: str) -> Figure
             for share in (0.05, 0.1, 0.2)
         ]
         descriptions.append(f"{name}: sensitivity {', '.join(points)}")
-        kept = np.unique(np.linspace(0, len(sensitivities) - 1, MAX_POINTS).astype(int))
-        data += [(name, float(false_positive_rates[k]), float(sensitivities[k])) for k in kept]
+        indices = np.unique(np.linspace(0, len(sensitivities) - 1, MAX_POINTS).astype(int))
+        data += [(name, float(false_positive_rates[k]), float(sensitivities[k])) for k in indices]
     return Figure(svg, "; ".join(descriptions) + ".", caption, data=data)
 
 

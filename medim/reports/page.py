@@ -12,6 +12,7 @@ from medim.reports.figures import IntervalRow, format_interval, format_number
 from medim.reports.svg import Figure
 
 NOT_REPORTED = "not reported"
+MODALITY_TEXTS = {"xray": "X-rays", "mri": "MRI"}
 INTERVALS_NOTE = "Intervals: 95 % percentile bootstrap over subjects."
 
 
@@ -82,7 +83,9 @@ class ReportSection:
         anchor: id of the section in the page.
         title: heading.
         banner: summary.
+        data: description of the images.
         facts: pairs of name and value.
+        paragraphs: pairs of name and text, for values of several words.
         tables: tables above the figures.
         figures: figures, placed next to each other if the page is wide enough.
         folded: collapsed blocks of further figures.
@@ -94,13 +97,32 @@ class ReportSection:
     anchor: str
     title: str
     banner: Banner
+    data: str = NOT_REPORTED
     facts: Sequence[tuple[str, str]] = ()
+    paragraphs: Sequence[tuple[str, str]] = ()
     tables: Sequence[ReportTable] = ()
     figures: Sequence[Figure] = ()
     folded: Sequence[FoldedFigures] = ()
     sheet: ContactSheet | None = None
     after: Sequence[ReportTable] = ()
     details: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class PageHead:
+    """Head of a page.
+
+    Attributes:
+        title: kind and name of the results.
+        date: date of the results, as in 2026-11-30.
+        version: versions of medim that wrote the results.
+        data: description of the images.
+    """
+
+    title: str
+    date: str
+    version: str
+    data: str
 
 
 def format_value(value: Any) -> str:

@@ -1,12 +1,13 @@
 """Self-contained HTML page about a run, evaluation, index, store or package, or a folder with several of these.
 
-The page loads nothing over the network and contains no script. Equal input files give equal bytes.
+The page loads nothing over the network and contains no script. Equal input files of equal dates give equal bytes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,11 +16,12 @@ from markupsafe import Markup, escape
 from medim.files import write_text
 from medim.migrations import read_checked_json
 from medim.output_folder import record_output_file
+from medim.privacy import hide_name
 from medim.reports.cohort import build_cohort_section
 from medim.reports.comparison import build_comparison_section
-from medim.reports.content import CommandContent
+from medim.reports.content import CommandContent, VersionContent
 from medim.reports.package import build_package_section
-from medim.reports.page import ReportSection
+from medim.reports.page import NOT_REPORTED, PageHead, ReportSection
 from medim.reports.runs import (
     build_evaluation_section,
     build_finetuning_section,
@@ -30,6 +32,14 @@ from medim.types import UserError
 from medim.version import __version__
 
 PAGE_NAME = "report.html"
+RESULT_FILES = ("medim.json", "summary.json", "config.yaml")  # the last file of a package, of results, of a stopped run
+KIND_TITLES = {
+    "index": "Images",
+    "pretrain": "Pretraining",
+    "finetune": "Fine-tuning",
+    "evaluate": "Evaluation",
+    "unfinished": "Unfinished",
+}
 TEMPLATE_NAME = "page.html.jinja"
 SECTION_BUILDERS: dict[
     str, Callable[[Path, str], ReportSection]
@@ -74,16 +84,53 @@ def write_report_page(folder: Path) -> Path:
     if comparison_section:
         sections.insert(0, comparison_section)
     path = folder / PAGE_NAME
-    write_text(path, render_page(folder.resolve().name, sections))
+    head = PageHead(
+        title=format_page_title(KIND_TITLES[own_kind] if own_kind else "Report", folder.resolve().name),
+        date=max(format_results_date(part) for part in folders.values()),
+        version=", ".join(sorted({read_medim_version(part) for part in folders.values()})),
+        data=_join_data(
+            [section for section in sections if section.data != NOT_REPORTED], has_index="index" in kinds.values()
+        ),
+    )
+    write_text(path, render_page(head, sections))
     record_output_file(path)
     return path
 
 
-def render_page(title: str, sections: list[ReportSection], *, headline_first: bool = False) -> str:
+def _join_data(sections: Sequence[ReportSection], *, has_index: bool) -> str:
+    """Join the descriptions of the images; an index describes all of them, and its section is the first."""
+    texts = dict.fromkeys(section.data for section in sections)
+    return " | ".join(list(texts)[: 1 if has_index else None]) or NOT_REPORTED
+
+
+def format_page_title(kind: str, name: str) -> str:
+    """Format the title of a page: kind and name, or the kind alone if the folder may be named after a person.
+
+    Examples:
+        >>> format_page_title("Study", "study"), format_page_title("Study", "doe")
+        ('Study: study', 'Study')
+    """
+    return f"{kind}: {name}" if hide_name(name) == name else kind
+
+
+def format_results_date(folder: Path) -> str:
+    """Format the date of the file with the results of a folder (UTC)."""
+    path = next((folder / name for name in RESULT_FILES if (folder / name).is_file()), folder)
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
+
+
+def read_medim_version(folder: Path) -> str:
+    """Read the version of medim that wrote a folder; "not reported" without a record."""
+    path = folder / "summary.json"
+    content = read_checked_json(path, None, VersionContent) if path.is_file() else {}
+    return content.get("versions", {}).get("medim", NOT_REPORTED)
+
+
+def render_page(head: PageHead, sections: list[ReportSection], *, headline_first: bool = False) -> str:
     """Render the page as HTML.
 
     Args:
-        title: title of the page.
+        head: head of the page.
         sections: sections in order.
         headline_first: whether the contents follow the first section instead of the title.
     """
@@ -93,7 +140,7 @@ def render_page(title: str, sections: list[ReportSection], *, headline_first: bo
     )
     environment.filters["breakable"] = mark_breaks
     html = environment.get_template(TEMPLATE_NAME).render(
-        title=title, sections=sections, headline_first=headline_first, version=__version__
+        head=head, sections=sections, headline_first=headline_first, version=__version__
     )
     return html + "\n"
 

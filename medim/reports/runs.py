@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medim.config import read_yaml_mapping
 from medim.data.contamination import describe_counts
 from medim.evaluation.case_pictures import PICTURES_FILE
 from medim.evaluation.cases import read_cases
@@ -20,6 +21,8 @@ from medim.reports.content import EvaluationContent, FinetuneContent, PicturesCo
 from medim.reports.history_rows import LossRecord, read_history_rows
 from medim.reports.page import (
     INTERVALS_NOTE,
+    MODALITY_TEXTS,
+    NOT_REPORTED,
     Banner,
     ContactSheet,
     ReportSection,
@@ -57,15 +60,14 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
         )
         for name, loss in losses.items()
     ]
-    verdict = str(summary.get("verdict"))
+    verdict, selection = str(summary.get("verdict")), summary.get("checkpoint_selection")
     facts = [
         ("Steps", format_value(summary.get("steps"))),
         ("Input", format_value(summary.get("input_shape"))),
         ("Effective rank (RankMe)", format_value(summary.get("rankme"))),
         ("Feature spread (1: even, 0: collapsed)", format_value(summary.get("feature_std"))),
         ("Probe on validation subjects", _format_probe_result(summary.get("probe"))),
-        ("Encoder saved from step", _format_selection(summary.get("checkpoint_selection"))),
-        ("Advice", format_value(summary.get("advice") or None)),
+        ("Encoder saved from step", format_value(selection and selection["step"])),
         ("Seconds per step", format_value(summary.get("seconds_per_step"))),
         ("Time spent waiting for data", _format_percent(summary.get("dataloader_wait_fraction"))),
         *_machine_facts(summary),
@@ -75,7 +77,9 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
         anchor=anchor,
         title=f"Pretraining: {folder.name}",
         banner=VERDICT_BANNERS.get(verdict, Banner("plain", verdict, "Unknown verdict.")),
+        data=_describe_data(folder, summary.get("index_hash")),
         facts=facts,
+        paragraphs=[*_selection_paragraphs(selection), *_advice_paragraphs(summary)],
         tables=[
             ReportTable(
                 "Losses", ("Objective", "Weight", "First", "Last", "Validation", "Chance level"), rows, wide=True
@@ -116,6 +120,12 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         title=f"Fine-tuning: {folder.name}",
         banner=_add_lost_classes(
             _build_headline(metrics, f"on the validation split, from {format_value(start)}"), summary
+        ),
+        data=_describe_data(
+            folder,
+            summary.get("index_hash"),
+            f"{pluralise(summary.get('n_labelled'), 'labelled image')} for training, "
+            f"{_format_image_counts(validation)} for validation",
         ),
         facts=facts,
         tables=[metric_table(metrics, "Validation split", INTERVALS_NOTE)] if metrics else [],
@@ -163,6 +173,7 @@ def build_evaluation_section(folder: Path, anchor: str) -> ReportSection:
         anchor=anchor,
         title=f"Evaluation: {folder.name}",
         banner=_build_headline(metrics, f"on {split}, {_format_image_counts(summary)}"),
+        data=_describe_data(folder, summary.get("index_hash"), f"{_format_image_counts(summary)}, {split}"),
         facts=facts,
         tables=[metric_table(metrics, "Metrics, in each image's own space", INTERVALS_NOTE)],
         figures=plots,
@@ -307,8 +318,21 @@ def _format_probe_result(probe: Mapping[str, Any] | None) -> str:
     return format_value(None) if not probe else f"{probe['value']:.3f} {probe['metric']}, {probe['protocol']}"
 
 
-def _format_selection(selection: Mapping[str, Any] | None) -> str:
-    return format_value(None) if not selection else f"{selection['step']}: {selection['reason']}"
+def _selection_paragraphs(selection: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    return [("Choice of the saved step", str(selection["reason"]))] if selection else []
+
+
+def _advice_paragraphs(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [("Advice", str(summary["advice"]))] if summary.get("advice") else []
+
+
+def _describe_data(folder: Path, index_hash: object, counts: str = "") -> str:
+    """Describe the images of a run or evaluation: modality, counts and index."""
+    path = folder / "config.yaml"
+    config = read_yaml_mapping(path) if path.is_file() else {}
+    modality = MODALITY_TEXTS.get(str(config.get("modality")), "")
+    index = f"index {index_hash[:12]}" if isinstance(index_hash, str) else ""
+    return "; ".join(filter(None, (modality, counts, index))) or NOT_REPORTED
 
 
 def _config_details(folder: Path) -> list[tuple[str, str]]:

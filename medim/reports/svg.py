@@ -170,13 +170,15 @@ def _remove_empty_parts(svg: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{short_names[match[1]]}"' if match[1] in names else "", svg)
     svg = re.sub(r'(href="#|url\(#)([^")]+)', lambda match: match[1] + short_names[match[2]], svg)
     svg = re.sub(r' transform="rotate\(-?0 [^"]*\)"|<defs>\s*</defs>', "", svg)
-    kept: list[bool] = []  # whether each open group has attributes
+    open_groups: list[str] = []
     parts = []
     for part in re.split(r"(<g>|<g [^>]*>|</g>)", svg):
-        if part.startswith("<g") and part[2] in " >":
-            kept.append(part != "<g>")
-        is_kept = kept[-1] if part.startswith("<g") and part[2] in " >" else kept.pop() if part == "</g>" else True
-        parts.append(part if is_kept else "")
+        is_start = part.startswith(("<g>", "<g "))
+        open_groups += [part] if is_start else []
+        is_bare = (is_start or part == "</g>") and open_groups[-1] == "<g>"
+        if part == "</g>":
+            open_groups.pop()
+        parts.append("" if is_bare else part)
     return "".join(parts)
 
 

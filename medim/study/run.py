@@ -129,7 +129,7 @@ def _run_study(
         summary = write_summary(out, scheduler, facts)
         write_audit(out, audit_study(context, setup.groups))
         write_report_data(context)
-        write_study_page(out, title=name)
+        write_study_page(out, name=name)
         with log_failure("records of the results for MLflow", "The study folder contains all results."):
             _log_study(tracker, summary, scheduler, out)
         _raise_if_incomplete(scheduler, out)

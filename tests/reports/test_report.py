@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -277,6 +278,34 @@ def test_each_verdict_is_told_in_words(tmp_path: Path, verdict: str) -> None:
     assert f'<p class="headline">{VERDICT_BANNERS[verdict].headline}</p>' in html
     assert VERDICT_BANNERS[verdict].text in html
     assert "<nav" not in html  # one section needs no contents
+
+
+def test_a_page_begins_with_kind_name_date_version_and_data_and_has_no_paragraph_among_its_numbers(
+    tmp_path: Path, html: str
+) -> None:
+    run = pretraining(tmp_path / "run")
+    content = json.loads((run / "summary.json").read_text())
+    reason = "lowest validation loss of the objectives with a chance level, without labels"
+    content |= {"advice": "Look at the sample views. Train longer.", "checkpoint_selection": {"step": 20}}
+    content["checkpoint_selection"]["reason"] = reason
+    (run / "summary.json").write_text(json.dumps(content))
+    (run / "config.yaml").write_text("modality: mri\n")
+    os.utime(run / "summary.json", (1_796_083_200,) * 2)
+    page = write_report_page(run).read_text()
+    head = re.search(r"<header>(.*?)</header>", page, flags=re.DOTALL)
+    assert head
+    assert re.findall(r"<(?:h1|p)[^>]*>(.*?)</", head[1]) == [
+        "Pretraining: run",
+        "Results of 2026-12-01, medim version 0.1.0",
+        f"Data: MRI; index {'f' * 12}",
+    ]
+    assert "<title>Pretraining: run – medim report</title>" in page
+    assert f'<p class="fact"><span>Choice of the saved step:</span> {reason}</p>' in page
+    assert '<p class="fact"><span>Advice:</span> Look at the sample views. Train longer.</p>' in page
+    assert re.search(r"<dt>Encoder saved from step</dt><dd>20</dd>", page)
+    assert all(len(value) < 60 for value in re.findall(r"<dd>(.*?)</dd>", page))
+    assert "<h1>Report</h1>" in html  # the folder "demo" may be named after a person
+    assert re.search(r"Data: MRI: \d+ images of \d+ subjects; index \w{12}<", html)
 
 
 def test_the_curves_are_those_of_the_history(tmp_path: Path) -> None:

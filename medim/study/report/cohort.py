@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from medim.parsing import read_csv
-from medim.reports.page import Banner, ReportSection, ReportTable, format_value, pluralise
+from medim.reports.page import MODALITY_TEXTS, Banner, ReportSection, ReportTable, format_value, pluralise
 from medim.study.report.view import StudyView
 
 SPLIT_LABELS = {"train": "Training: source of the labelled subsets", "val": "Evaluation: source of all metrics"}
@@ -65,6 +65,18 @@ def build_splits_section(study: StudyView) -> ReportSection:
             ReportTable("Overlap of training and evaluation", ("", "Number"), overlap_rows, note),
             ReportTable("Label budgets", head, labels, nesting_note, wide=True, folded=True),
         ],
+    )
+
+
+def describe_data(study: StudyView) -> str:
+    """Describe the images of a study: modality, counts and classes."""
+    counts, config = study.summary["counts"], study.config
+    images = sum(part["images"] for part in counts["splits"].values())
+    subjects = sum(part["subjects"] for part in counts["splits"].values())
+    modality = f"{MODALITY_TEXTS[config['modality']]}: " if config.get("modality") in MODALITY_TEXTS else ""
+    return (
+        f"{modality}{pluralise(images, 'image')} of {pluralise(subjects, 'subject')}; {study.summary['task']} of "
+        f"{', '.join(counts['classes'])}; index {study.summary['index_hash'][:12]}"
     )
 
 

@@ -15,6 +15,8 @@ from medim.study.report.view import StudyView, arm_title
 from medim.study.results import RunKey
 from medim.tasks.classification import TRUTH
 
+CALIBRATION = "Calibration of the probabilities"
+
 
 def build_curves_section(study: StudyView) -> ReportSection:
     """Build the section: curves over steps and calibration per budget; of several arms, each over labels (folded)."""
@@ -22,10 +24,13 @@ def build_curves_section(study: StudyView) -> ReportSection:
     plots = [figure for budget in study.budgets if (figure := _plot_over_steps(study, budget))]
     plots += _plot_calibrations(study)
     single_plots = [figure for arm in others if (figure := plot_over_labels(study, [arm]))] if len(others) > 1 else []
+    text = "Bands and bars are 95 % intervals."
+    if any(figure.caption.startswith(CALIBRATION) for figure in plots):
+        text += " Calibration: Wilson intervals, in which each case counts once; the numbers count predictions."
     return ReportSection(
         "curves",
         "Curves",
-        Banner("plain", pluralise(len(plots) + len(single_plots), "figure"), "Bands and bars are 95 % intervals."),
+        Banner("plain", pluralise(len(plots) + len(single_plots), "figure"), text),
         figures=plots,
         folded=[FoldedFigures("Each arm over labels", single_plots)] if single_plots else [],
     )
@@ -87,8 +92,9 @@ def _plot_calibrations(study: StudyView) -> list[Figure]:
         calibrations = {arm_title(arm): _compute_calibration(study, arm, budget) for arm in arms}
         lines = {name: calibration for name, calibration in calibrations.items() if calibration.ece is not None}
         if lines:
-            caption = f"Calibration of the probabilities with {pluralise(labels, 'label')}"
-            plots.append(figures.plot_reliability(lines, caption))
+            caption = f"{CALIBRATION} with {pluralise(labels, 'label')}"
+            runs = {arm_title(arm): len(results.seeds(arm, budget)) for arm in arms}
+            plots.append(figures.plot_reliability(lines, caption, runs))
     return plots
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from medim.metrics.calibration import Calibration
+from medim.reports.figures import label_counts, wilson_interval
 from medim.reports.svg import (
     FIVE,
     FOUR,
@@ -123,14 +124,20 @@ def _count_legend_columns(names: Iterable[str], width: float) -> int:
     return max(1, min(4, LEGEND_WIDTH[width] // (max(map(len, names)) + 7)))
 
 
-def plot_reliability(lines: Mapping[str, Calibration], caption: str) -> Figure:
+def plot_reliability(lines: Mapping[str, Calibration], caption: str, runs: Mapping[str, int]) -> Figure:
     """Plot the share of correct predictions against the predicted probability, for two arms.
+
+    Each bin has the number of predictions and a Wilson interval, in which each case counts once over all runs.
 
     Args:
         lines: name to calibration with an error, the arm first.
         caption: caption of the figure.
+        runs: number of runs that each calibration pools, by name.
     """
     descriptions = []
+    data: list[Sequence[object]] = [
+        ("arm", "predicted probability", "share of correct predictions", "low", "high", "predictions")
+    ]
     with open_canvas(3.2) as (canvas, axes):
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=(0, (1, 2)))
         styles = [*(arm_style(number) for number in range(len(lines) - 1)), SCRATCH_STYLE]
@@ -142,7 +149,14 @@ def plot_reliability(lines: Mapping[str, Calibration], caption: str) -> Figure:
             ]
             x, y, counts = zip(*bins, strict=True)
             axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, linewidth=1.6, label=name)
-            bin_texts = (f"predicted {p:.2f}, correct {o:.2f} ({n})" for p, o, n in bins)
+            intervals = [wilson_interval(o * n / runs[name], n / runs[name]) for _, o, n in bins]
+            axes.vlines(x, *zip(*intervals, strict=True), color=colour, linewidth=1.6, alpha=0.45)
+            label_counts(axes, x, y, counts, colour, below=colour == SCRATCH_STYLE[0])
+            data += [(name, p, o, *ends, n) for (p, o, n), ends in zip(bins, intervals, strict=True)]
+            bin_texts = (
+                f"predicted {p:.2f}, correct {o:.2f} ({low:.2f} to {high:.2f}; {n} predictions)"
+                for (p, o, n), (low, high) in zip(bins, intervals, strict=True)
+            )
             descriptions.append(
                 f"{name}: expected calibration error {calibration.ece:.3f} over {sum(counts)} predictions; "
                 + ", ".join(bin_texts)
@@ -153,4 +167,4 @@ def plot_reliability(lines: Mapping[str, Calibration], caption: str) -> Figure:
         axes.set_ylabel("share of correct predictions")
         draw_legend(axes)
         svg = render_svg(canvas)
-    return Figure(svg, ". ".join(descriptions) + ".", caption)
+    return Figure(svg, ". ".join(descriptions) + ".", caption, data=data)

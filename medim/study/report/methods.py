@@ -8,9 +8,7 @@ from importlib.resources import files
 from string import Formatter
 from typing import Any
 
-from medim.config import read_yaml_mapping
 from medim.parsing import MAX_YAML_BYTES, read_text
-from medim.renamed_keys import translate_config
 from medim.reports.page import (
     NOT_REPORTED,
     Banner,
@@ -111,7 +109,7 @@ def fill_checklists(facts: dict[str, str | None]) -> list[tuple[str, str, str, s
 
 def collect_facts(study: StudyView) -> dict[str, str | None]:
     """Collect the values for the templates of paragraph and checklists; None if the files do not contain a value."""
-    summary, config = study.summary, _read_study_config(study)
+    summary, config = study.summary, study.config
     counts, splits = summary["counts"], summary["counts"]["splits"]
     runs = study.results.values if study.results else {}
     metrics = study.results.metrics if study.results else ()
@@ -267,8 +265,3 @@ def _list_hashes(summary: StudySummary) -> str:
 def _read_config_text(study: StudyView) -> str:
     path = study.folder / "config.yaml"
     return read_text(path, MAX_YAML_BYTES) if path.is_file() else NOT_REPORTED
-
-
-def _read_study_config(study: StudyView) -> Mapping[str, Any]:
-    path = study.folder / "config.yaml"
-    return translate_config(read_yaml_mapping(path), warn=False) if path.is_file() else {}

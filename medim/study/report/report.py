@@ -1,4 +1,4 @@
-"""Self-contained HTML page of a study, from the files of its folder; equal files give equal bytes."""
+"""Self-contained HTML page of a study, from the files of its folder; equal files of equal dates give equal bytes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from medim.files import read_json, write_text
 from medim.output_folder import record_output_file
-from medim.reports.report import PAGE_NAME, render_page
+from medim.reports.page import PageHead
+from medim.reports.report import PAGE_NAME, format_page_title, format_results_date, read_medim_version, render_page
 from medim.study.cell import StudyContext
 from medim.study.report.audit import build_audit_section
 from medim.study.report.cases import build_cases_section
-from medim.study.report.cohort import build_splits_section
+from medim.study.report.cohort import build_splits_section, describe_data
 from medim.study.report.curves import build_curves_section
 from medim.study.report.headline import build_trust_section, build_verdict_section
 from medim.study.report.methods import build_methods_section
@@ -32,12 +33,12 @@ STUDY_SECTIONS = (
 )  # in the order of the page
 
 
-def write_study_page(folder: Path, *, title: str = "") -> Path:
+def write_study_page(folder: Path, *, name: str = "") -> Path:
     """Write `report.html` into the folder of a study.
 
     Args:
         folder: folder of the study, complete or interrupted.
-        title: title of the page; empty for the name of the folder.
+        name: name of the study; empty for the name of the folder.
 
     Returns:
         Path of the page.
@@ -47,7 +48,13 @@ def write_study_page(folder: Path, *, title: str = "") -> Path:
     """
     study = open_study(folder)
     sections = [build_section(study) for build_section in STUDY_SECTIONS]
-    write_text(folder / PAGE_NAME, render_page(title or folder.resolve().name, sections, headline_first=True))
+    head = PageHead(
+        title=format_page_title("Study", name or folder.resolve().name),
+        date=format_results_date(folder),
+        version=read_medim_version(folder),
+        data=describe_data(study),
+    )
+    write_text(folder / PAGE_NAME, render_page(head, sections, headline_first=True))
     record_output_file(folder / PAGE_NAME)
     return folder / PAGE_NAME
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from medim.config import read_yaml_mapping
 from medim.files import read_json
 from medim.metrics import find_metric
 from medim.metrics.bootstrap import Resamples, compute_scores, draw_resamples
 from medim.migrations import read_checked_json
+from medim.renamed_keys import translate_config
 from medim.study.audit.audit import AUDIT
 from medim.study.content import AuditContent, ComparisonRow, StudySummary
 from medim.study.design import SCRATCH
@@ -54,6 +57,12 @@ class StudyView:
         audit = read_checked_json(path, "audit", AuditContent)
         _check_metrics(path, audit, self.metric)
         return audit
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Content of `config.yaml`; empty if the study has none."""
+        path = self.folder / "config.yaml"
+        return translate_config(read_yaml_mapping(path), warn=False) if path.is_file() else {}
 
     @property
     def metric(self) -> str:

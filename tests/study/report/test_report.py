@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,9 +15,11 @@ from typer.testing import CliRunner
 
 from medim.cli import app
 from medim.files import read_json, write_json
+from medim.reports.figures import wilson_interval
 from medim.study.comparisons import build_comparisons
 from medim.study.report.methods import fill_checklists
 from medim.study.report.report import is_study, write_study_page
+from medim.study.results_table import SCHEMA
 from medim.types import UserError
 from tests.reports.test_report import CHROMIUM, DOWNLOADS, Page
 from tests.study.report.conftest import audit_of
@@ -215,6 +218,33 @@ def test_one_label_curve_of_all_arms_precedes_tables_and_contents_and_details_ar
     ]
     curves = page.split('id="curves"')[1].split("</section>")[0]
     assert curves.count("<figure") - curves.split("Each arm over labels")[1].count("<figure") == 3  # one per budget
+
+
+def test_calibration_of_a_study_has_counts_and_wilson_intervals_over_cases(study_of: Study) -> None:
+    folder = study_of(0.1, budgets=("20",))
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    rng = np.random.default_rng(0)
+    classified = []
+    for row in rows:
+        if row["metric"] == "dice":
+            truth = int(row["case"][-2:]) % 2
+            p = float(np.clip(0.3 + 0.4 * truth + rng.normal(0, 0.2), 0.05, 0.95))
+            for metric, value in (("truth", float(truth)), ("probability_a", 1 - p), ("probability_b", p)):
+                classified.append({**row, "metric": metric, "value": value})
+    pq.write_table(pa.Table.from_pylist(classified, schema=SCHEMA), folder / "results.parquet")
+    counts = {**read_json(folder / "summary.json")["counts"], "classes": ["a", "b"]}
+    change(folder, task="classification", metric="auroc", counts=counts, comparisons=None)
+    change(folder, comparisons=build_comparisons(folder, read_json(folder / "summary.json")))
+    html = write_study_page(folder).read_text()
+    figure = html.split("<figcaption>Calibration of the probabilities with 20 labels")[1].split("</figcaption>")[1]
+    figure = figure.split("</figure>")[0]
+    bins = re.findall(r"correct (0\.\d\d|1\.00) \((\d\.\d\d) to (\d\.\d\d); (\d+) predictions\)", figure)
+    assert sum(int(count) for *_, count in bins) == 2 * 4 * 12  # arms, runs, cases
+    for share, low, high, count in bins:
+        expected = wilson_interval(float(share) * int(count) / 4, int(count) / 4)
+        assert (float(low), float(high)) == pytest.approx(expected, abs=0.03)
+        assert f">{count}</text>" in figure
+    assert "Wilson intervals, in which each case counts once" in banner(html, "curves")[2]
 
 
 def test_one_budget_is_told_in_the_metric_because_it_has_no_curve_of_labels(study_of: Study) -> None:
@@ -434,11 +464,25 @@ def test_a_browser_shows_the_page_without_error_request_or_overflow(page: Path, 
         tab.close()
 
 
-def test_on_paper_no_table_is_cut(page: Path, browser: Any) -> None:
-    tab = browser.new_page(viewport={"width": 700, "height": 900})
-    tab.goto(page.as_uri())
-    tab.emulate_media(media="print")
-    assert tab.evaluate("[...document.querySelectorAll('table')].every(t => t.getBoundingClientRect().right <= 702)")
+@pytest.mark.parametrize(("width", "media"), [(700, "print"), (1280, "screen")])
+def test_no_table_is_cut_on_paper_or_on_a_screen(study_of: Study, browser: Any, width: int, media: str) -> None:
+    folder = study_of(0.1)
+    comparisons = read_json(folder / "summary.json")["comparisons"]
+    for row in comparisons["rows"]:
+        for span in row["labels_saved"].values():
+            if isinstance(span, dict) and "low" in span:
+                for end in ("value", "low", "high"):
+                    span[end] = {"value": 112_120.0, "censored": "more than"}
+                span["low"] = {"value": -112_120.0, "censored": "fewer than"}
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto(write_study_page(change(folder, comparisons=comparisons)).as_uri())
+    tab.emulate_media(media=media)
+    tab.evaluate("document.querySelectorAll('details').forEach(block => block.open = true)")
+    assert tab.get_by_text("fewer than").count() >= 9
+    assert tab.evaluate("[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)")
+    main = tab.locator("main").bounding_box()
+    edges = tab.evaluate("[...document.querySelectorAll('td, th')].map(one => one.getBoundingClientRect().right)")
+    assert max(edges) <= main["x"] + main["width"] + 1
     tab.close()
 
 
