@@ -16,9 +16,11 @@ from medim.evaluation.case_pictures import PICTURES_FILE
 from medim.evaluation.cases import read_cases
 from medim.migrations import read_checked_json
 from medim.parsing import MAX_YAML_BYTES, read_text
+from medim.renamed_keys import translate_config
 from medim.reports import figures
 from medim.reports.content import EvaluationContent, FinetuneContent, PicturesContent, PretrainContent
 from medim.reports.history_rows import LossRecord, read_history_rows
+from medim.reports.methods import describe_finetuning, describe_pretraining
 from medim.reports.page import (
     INTERVALS_NOTE,
     MODALITY_TEXTS,
@@ -86,7 +88,11 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
             )
         ],
         figures=[*(figures.loss_curve(curve) for curve in curves), *plot_health(folder / "history.csv")],
-        details=[*_config_details(folder), _list_values(summary)],
+        details=[
+            *_methods_details(describe_pretraining(_read_config(folder), summary)),
+            *_config_details(folder),
+            _list_values(summary),
+        ],
     )
 
 
@@ -130,7 +136,11 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         facts=facts,
         tables=[metric_table(metrics, "Validation split", INTERVALS_NOTE)] if metrics else [],
         figures=plots,
-        details=[*_config_details(folder), _list_values(summary)],
+        details=[
+            *_methods_details(describe_finetuning(_read_config(folder), summary)),
+            *_config_details(folder),
+            _list_values(summary),
+        ],
     )
 
 
@@ -328,11 +338,18 @@ def _advice_paragraphs(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _describe_data(folder: Path, index_hash: object, counts: str = "") -> str:
     """Describe the images of a run or evaluation: modality, counts and index."""
-    path = folder / "config.yaml"
-    config = read_yaml_mapping(path) if path.is_file() else {}
-    modality = MODALITY_TEXTS.get(str(config.get("modality")), "")
+    modality = MODALITY_TEXTS.get(str(_read_config(folder).get("modality")), "")
     index = f"index {index_hash[:12]}" if isinstance(index_hash, str) else ""
     return "; ".join(filter(None, (modality, counts, index))) or NOT_REPORTED
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.yaml"
+    return translate_config(read_yaml_mapping(path), warn=False) if path.is_file() else {}
+
+
+def _methods_details(text: str) -> list[tuple[str, str]]:
+    return [("Methods paragraph for a paper", text)] if text else []
 
 
 def _config_details(folder: Path) -> list[tuple[str, str]]:

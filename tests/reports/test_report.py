@@ -17,7 +17,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pyarrow.parquet
 import pytest
+import yaml
 
+from medim.config import load_config
 from medim.data.index.index import Index, build_index
 from medim.evaluation.evaluate import evaluate
 from medim.reports.comparison import compute_differences
@@ -270,6 +272,42 @@ def test_the_page_holds_no_path_of_this_machine_and_subjects_under_pictures_alon
     without = re.sub(r'<figure class="tile">.*?</figure>', "", html, flags=re.DOTALL)
     assert all(f"<figcaption>{record.subject}</figcaption>" in html for record in index.records)
     assert not any(record.subject in without for record in index.records)
+
+
+METHODS = {
+    "pretrain": (
+        "The encoder was a 3D network with the encoder unet and the decoder unet. It was pretrained without labels on "
+        "MRI with reconstruction, local Deep InfoMax and prediction of coordinates as objectives. Preprocessing: image "
+        "axes were made orthogonal; axes were reoriented to right, anterior and superior; images were resampled to "
+        "1 × 1 × 1 mm; intensities were clipped to the percentiles 0.5 and 99.5; intensities were normalised (mean 0, "
+        "standard deviation 1). Each step used 1 crop of 32 × 48 × 32 voxels per image with random augmentation "
+        "(contrast, intensity scale and noise). The encoder was trained for 40 steps with batches of 12 images using "
+        "AdamW (peak learning rate 0.002, weight decay 0.01) and a cosine schedule after a linear warm-up of 30 steps. "
+        "Software: medim 0.1.0 and PyTorch 2.13."
+    ),
+    "finetune": (
+        "The network was a 3D network with the encoder unet, the decoder unet and a head for segmentation. It was "
+        "trained for segmentation on 20 labelled images (MRI), starting from pretrained weights. Preprocessing: image "
+        "axes were made orthogonal; axes were reoriented to right, anterior and superior; images were resampled to "
+        "1 × 1 × 1 mm; intensities were clipped to the percentiles 0.5 and 99.5; intensities were normalised (mean 0, "
+        "standard deviation 1). The network was trained for 30 steps with batches of 2 images using AdamW (peak "
+        "learning rate 0.01, weight decay 0.01) and a cosine schedule after a linear warm-up of 20 steps; pretrained "
+        "parts were trained with 0.3 times the learning rate; the head was initialised by a linear probe. Performance "
+        "was measured on 40 validation images of 13 subjects. Intervals are 95 % percentile bootstrap intervals over "
+        "subjects."
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("pretrain", "mri-crop"), ("finetune", "mri-crop-segmentation")])
+def test_a_page_has_a_methods_paragraph_for_a_paper(tmp_path: Path, kind: str, preset: str) -> None:
+    run = pretraining(tmp_path / "run") if kind == "pretrain" else finetuning(tmp_path / "run", "pretrained", 0.8)
+    config = load_config("pretrain", preset) if kind == "pretrain" else load_config("finetune", preset)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    page = unescape(write_report_page(run).read_text())
+    block = re.search(r"<summary>Methods paragraph for a paper</summary>\s*<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    assert block
+    assert block[1] == METHODS[kind]
 
 
 @pytest.mark.parametrize("verdict", get_args(TrainingVerdict))

@@ -9,7 +9,9 @@ from string import Formatter
 from typing import Any
 
 from medim.parsing import MAX_YAML_BYTES, read_text
+from medim.reports.methods import format_network, format_preprocessing, format_schedule, join_words
 from medim.reports.page import (
+    MODALITY_TEXTS,
     NOT_REPORTED,
     Banner,
     ReportSection,
@@ -21,11 +23,9 @@ from medim.reports.page import (
 )
 from medim.study.content import ArmEntry, StudySummary
 from medim.study.report.audit import list_group_columns
-from medim.study.report.format import format_schedule_number
 from medim.study.report.headline import comparison_sentence
 from medim.study.report.view import StudyView
 from medim.tasks import find_task
-from medim.types import Step
 
 CHECKLIST_FILE = "checklists.csv"  # topics are paraphrased; an answer with a missing value becomes "not reported"
 CHECKLIST_SOURCES = (
@@ -36,6 +36,12 @@ STATISTICS_TEXT = (
     "mean over runs with a 95 % Student's t interval; its variance has components for subjects (cluster bootstrap of "
     "whole subjects), pretraining seeds and label subsets; differences paired by seed, subset and subject; p-values "
     "corrected for all comparisons of fine-tuned arms, and separately for those of frozen arms (Holm)"
+)
+STATISTICS_SENTENCES = (
+    "Results are means over runs with 95 % Student's t intervals. Their variance has components for subjects (cluster "
+    "bootstrap of whole subjects), pretraining seeds and label subsets. Differences were paired by seed, subset and "
+    "subject, and p-values were corrected with the method of Holm for all comparisons of fine-tuned arms, and "
+    "separately for those of frozen arms."
 )
 
 
@@ -86,16 +92,28 @@ def build_methods_section(study: StudyView) -> ReportSection:
 def format_methods(study: StudyView, facts: dict[str, str | None]) -> str:
     """Format task, data, arms, budgets, schedule, metrics and statistics as one paragraph."""
     fact_texts = {name: text or NOT_REPORTED for name, text in facts.items()}
+    design = (
+        "All arms used the same network ({network}) and the same preprocessing: {preprocessing}. {followed}"
+        if facts["network"]
+        else "Network, preprocessing and training schedule were not reported."
+    )
     parts = [
-        "{task}. Of {found} files or series, {rejected} were rejected and {unlabelled} had no label or mask for "
-        "the task. The others were split by subject: {train_images} images of {train_subjects} subjects for training, "
-        "{val_images} of {val_subjects} for evaluation; {overlap_images} had the same pixels in both splits.",
-        "Every arm uses the same network ({network}) and the same preprocessing ({preprocessing}); initial "
-        "weights are random, or those of {pretrained_arms}. {followed}",
-        "Label budgets: {label_budgets}. Learning rate: {rates}. {chosen}",
-        "Metrics: {metrics}. Statistics: {statistics}. {runs} runs were evaluated, with medim {medim}.",
+        "We compared networks initialised with the weights of {pretrained_arms} with the same network trained from "
+        "random weights. The task was {task_name}.",
+        "Of {found} files or series, {rejected} could not be used, and {unlabelled} had no label or mask for this "
+        "task. The other images were split by subject into a training set ({train_images} images, {train_subjects} "
+        "subjects) and an evaluation set ({val_images} images, {val_subjects} subjects). "
+        + (
+            "No evaluation image had the same pixels as a training image."
+            if facts["overlap_images"] == "0"
+            else "The number of evaluation images with the same pixels as a training image was {overlap_images}."
+        ),
+        design,
+        "Training used {label_budgets}. The learning rate was {rates}. {chosen}",
+        "The metrics were {metrics}. {statistics_sentences} In total, {runs} runs were evaluated with medim {medim}.",
     ]
-    return " ".join(parts).format(**fact_texts)
+    task_name = fact_texts["task"][:1].lower() + fact_texts["task"][1:]
+    return " ".join(parts).format(**fact_texts, task_name=task_name, statistics_sentences=STATISTICS_SENTENCES)
 
 
 def fill_checklists(facts: dict[str, str | None]) -> list[tuple[str, str, str, str]]:
@@ -130,9 +148,10 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         "medim": summary["versions"].get("medim"),
         "versions": summary["versions"],
         "runs": sum(run.step is None for run in runs) or None,
-        "task": f"{str(summary['task']).capitalize()} of {classes}" + (f" on {config['modality']}" if config else ""),
+        "task": f"{str(summary['task']).capitalize()} of {classes}"
+        + (f" on {MODALITY_TEXTS[config['modality']]}" if config.get("modality") in MODALITY_TEXTS else ""),
         "output": find_task(summary["task"]).output_text,
-        "pretrained_arms": ", ".join(_format_arm(arm) for arm in summary["arms"] if arm["encoders"]),
+        "pretrained_arms": join_words([_format_arm(arm) for arm in summary["arms"] if arm["encoders"]]),
         "label_budgets": _format_budgets(summary),
         "rates": _describe_rates(summary),
         "chosen": _describe_selection(summary),
@@ -145,7 +164,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         if runs
         else None,
         **(training_facts := _describe_training(config)),
-        "followed": f"Fine-tuned arms follow one schedule ({training_facts.get('schedule', NOT_REPORTED)})."
+        "followed": f"Fine-tuned networks were trained for {training_facts.get('schedule') or NOT_REPORTED}."
         f"{_describe_frozen(summary)}",
     }
     return {name: None if value in (None, "") else format_value(value) for name, value in facts.items()}
@@ -154,49 +173,11 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
 def _describe_training(config: Mapping[str, Any]) -> dict[str, str | None]:
     if not config:
         return {"network": None, "preprocessing": None, "schedule": None}
-    decoder = f", decoder {config['decoder']['name']}" if config.get("decoder") else ""
-    drops = f" (drops at {format_value(config['lr_milestones'])})" if config["lr_milestones"] else ""
-    encoder, dims = config["encoder"]["name"], len(config["views"]["shape"])
     return {
-        "network": f"{encoder}, {dims}D{decoder}, head {config['head']['name']}",
-        "preprocessing": "; ".join(_format_step(step) for step in config["preprocessing"]) or "none",
-        "schedule": f"{format_schedule_number(config['max_steps'])} steps of "
-        f"{pluralise(config['batch_size'], 'image')}, {config['optimiser']}, "
-        f"peak rate {config['lr']:g} before selection, {config['schedule']}{drops}, "
-        f"warm-up {config['warmup_steps']} steps, weight decay "
-        f"{config['weight_decay']:g}{_describe_pretrained(config)}{_describe_loss(config)}",
+        "network": format_network(config),
+        "preprocessing": format_preprocessing(config),
+        "schedule": format_schedule(config, rate="peak learning rate before selection"),
     }
-
-
-def _describe_pretrained(config: Mapping[str, Any]) -> str:
-    """Describe the schedule options for pretrained parts and for the head."""
-    scale = config.get("pretrained_lr_scale", 1.0)
-    slower = f", pretrained parts at {scale:g} of the rate" if scale != 1 else ""
-    return slower + (
-        ", the head of every arm initialised by a linear probe" if config.get("head_init") == "probe" else ""
-    )
-
-
-def _describe_loss(config: Mapping[str, Any]) -> str:
-    """Describe the options of the loss, of the batches and of the crops that differ from the default."""
-    head = config["head"]
-    weights, gamma = head.get("class_weights"), head.get("focal_gamma")
-    share = config["views"].get("foreground_share")
-    parts = [
-        "Dice of each image" if head.get("dice") == "image" else "",
-        f"focal loss with gamma {gamma:g}" if gamma else "",
-        f"class weights {'from the labelled images' if weights == 'balanced' else format_value(weights)}"
-        if weights
-        else "",
-        "equally many images of each class in a batch" if config.get("balanced_batches") else "",
-        f"{100 * share:.3g} % of the crops around foreground" if share else "",
-    ]
-    return "".join(f", {part}" for part in parts if part)
-
-
-def _format_step(step: Step) -> str:
-    options = ", ".join(f"{key} {format_value(value)}" for key, value in step.items() if key != "op")
-    return f"{step['op']} ({options})" if options else str(step["op"])
 
 
 def _format_arm(arm: ArmEntry) -> str:
@@ -205,10 +186,13 @@ def _format_arm(arm: ArmEntry) -> str:
 
 
 def _format_budgets(summary: StudySummary) -> str:
-    sizes = ", ".join(f"{count:,}" for count in summary["budgets"].values())
+    sizes = join_words([f"{count:,}" for count in summary["budgets"].values()])
     n_frozen = min(summary.get("probe_seeds") or summary["seeds"], summary["seeds"])
     frozen = f", {n_frozen:,} for frozen arms" if n_frozen < summary["seeds"] and _describe_frozen(summary) else ""
-    return f"{sizes} images of whole subjects, nested, {pluralise(summary['seeds'], 'draw')} each{frozen}"
+    return (
+        f"nested subsets of {sizes} labelled images of whole subjects, with {pluralise(summary['seeds'], 'draw')} "
+        f"of each size{frozen}"
+    )
 
 
 def _describe_frozen(summary: StudySummary) -> str:
@@ -216,7 +200,7 @@ def _describe_frozen(summary: StudySummary) -> str:
     if all(arm["protocol"] != "frozen" for arm in summary["arms"]):
         return ""
     frozen_parts = find_task(summary["task"]).frozen_text
-    return f" Frozen arms do not change the encoder and train {frozen_parts}."
+    return f" Frozen arms trained only {frozen_parts}, on the unchanged encoder."
 
 
 def _describe_repeats(summary: StudySummary) -> str | None:
@@ -232,20 +216,21 @@ def _describe_repeats(summary: StudySummary) -> str | None:
 def _describe_selection(summary: StudySummary) -> str:
     """Describe the selection of steps, in fine-tuning and in pretraining."""
     arm_texts = [f"{arm} ({count:,})" for arm, count in summary.get("n_selection_labels", {}).items() if count]
-    selection_text = "Labels of the evaluation split were not used for selection; the last fine-tuning step is used. "
-    selection_text += (
-        "The step of an encoder may have been selected by the loss on the validation images of its run, without labels."
+    selection_text = (
+        "Labels of the evaluation set were not used for any selection, and the weights of the last fine-tuning step "
+        "were evaluated. The pretraining step of an encoder may have been selected by the loss on the validation "
+        "images of its run, without labels."
     )
-    labels = f" A probe with training labels (their number in brackets) selected that of: {', '.join(arm_texts)}."
+    labels = f" It was selected by a probe with training labels (their number in brackets) for {', '.join(arm_texts)}."
     return selection_text + (labels if arm_texts else "")
 
 
 def _describe_rates(summary: StudySummary) -> str:
     ways = {rate["from"] for arm in summary["learning_rates"].values() for rate in arm.values()}
     if "selection" not in ways:
-        return "that of the configuration for every arm and budget"
-    fixed_text = ", that of the configuration if the budget is too small for selection" if "fixed" in ways else ""
-    return f"selected for each arm and budget on a fifth of the subjects of its first label subset{fixed_text}"
+        return "that of the configuration for every arm and number of labels"
+    fixed_text = "; subsets too small for a selection used that of the configuration" if "fixed" in ways else ""
+    return f"selected for each arm and number of labels on a fifth of the subjects of the first subset{fixed_text}"
 
 
 def _fill_answer(template: str, facts: dict[str, str | None]) -> str:
