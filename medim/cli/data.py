@@ -99,10 +99,12 @@ def fetch(
 
 def _print_public_sets(public_sets: Mapping[str, PublicSet]) -> None:
     """Print a table of the public data sets, and a line for each with checksums and notes."""
-    table = Table("name", "modality", "images", "licence", "content", box=None, pad_edge=False)
+    names = ("name", "modality", "images", "size", "licence", "for", "content")
+    table = Table(*names, box=None, pad_edge=False)
     for name, public_set in public_sets.items():
-        count = f"{public_set.images:,}" if public_set.images else "not known"
-        table.add_row(name, public_set.modality, count, public_set.licence, public_set.title)
+        count = f"{public_set.images:,}" if public_set.images else "unknown"
+        size = f"{public_set.size / 1e6:,.0f} MB" if public_set.size else "unknown"
+        table.add_row(name, public_set.modality, count, size, public_set.licence, public_set.purpose, public_set.title)
     (console if sys.stdout.isatty() else wide_console).print(table, markup=False, highlight=False)
     for name, public_set in public_sets.items():
         sums = f"md5 from {public_set.sums}" if public_set.sums else "no published checksum, sha256 recorded"

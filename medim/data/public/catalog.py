@@ -48,6 +48,8 @@ class PublicSet:
         collection: a collection of The Cancer Imaging Archive, instead of `files`.
         dicom: DICOM modalities to download from the collection.
         images: number of images, if published.
+        size: bytes to download, if known.
+        purpose: tasks that the labels allow.
         note: information for users of the set.
 
     Examples:
@@ -66,6 +68,8 @@ class PublicSet:
     collection: str | None = None
     dicom: tuple[str, ...] = ()
     images: int | None = None
+    size: int | None = None
+    purpose: str = "pretraining"
     note: str = ""
 
 
@@ -74,7 +78,7 @@ _DECATHLON = "Antonelli et al. The Medical Segmentation Decathlon. Nature Commun
 _DECATHLON += "https://doi.org/10.1038/s41467-022-30695-9"
 
 
-def _build_pneumonia_set(stem: str, side: int, md5: str) -> PublicSet:
+def _build_pneumonia_set(stem: str, side: int, md5: str, size: int) -> PublicSet:
     return PublicSet(
         modality="xray",
         title=f"PneumoniaMNIST, chest X-rays of children, {side}x{side}, normal or pneumonia",
@@ -83,10 +87,12 @@ def _build_pneumonia_set(stem: str, side: int, md5: str) -> PublicSet:
         sums="medmnist 3.0.2",
         files=(PublicFile(f"https://zenodo.org/records/10519652/files/{stem}.npz?download=1", f"{stem}.npz", md5),),
         images=4708 + 524 + 624,
+        size=size,
+        purpose="classification, 2 classes",
     )
 
 
-def _build_chest_set(stem: str, side: int, md5: str) -> PublicSet:
+def _build_chest_set(stem: str, side: int, md5: str, size: int | None = None) -> PublicSet:
     return PublicSet(
         modality="xray",
         title=f"ChestMNIST, frontal chest X-rays of NIH ChestX-ray14, {side}x{side}, 14 findings",
@@ -95,11 +101,14 @@ def _build_chest_set(stem: str, side: int, md5: str) -> PublicSet:
         sums="medmnist 3.0.2",
         files=(PublicFile(f"https://zenodo.org/records/10519652/files/{stem}.npz?download=1", f"{stem}.npz", md5),),
         images=78468 + 11219 + 22433,
-        note="its 14 findings per image are named 0 to 13, in the order of the publisher",
+        size=size,
+        purpose="classification, 14 findings per image",
     )
 
 
-def _build_decathlon_set(task: str, title: str, md5: str) -> PublicSet:
+def _build_decathlon_set(
+    task: str, title: str, md5: str, *, images: int, classes: int, size: int | None = None
+) -> PublicSet:
     return PublicSet(
         modality="mri",
         title=f"Medical Segmentation Decathlon, {task}: {title}",
@@ -107,23 +116,35 @@ def _build_decathlon_set(task: str, title: str, md5: str) -> PublicSet:
         citation=_DECATHLON,
         sums="MONAI 1.6.1",
         files=(PublicFile(f"https://msd-for-monai.s3-us-west-2.amazonaws.com/{task}.tar", task, md5, archive=True),),
+        images=images,
+        size=size,
+        purpose=f"segmentation, {classes} {'class' if classes == 1 else 'classes'}",
     )
 
 
 PUBLIC_SETS: dict[str, PublicSet] = {
-    "pneumoniamnist": _build_pneumonia_set("pneumoniamnist", 28, "28209eda62fecd6e6a2d98b1501bb15f"),
-    "pneumoniamnist_64": _build_pneumonia_set("pneumoniamnist_64", 64, "8f4eceb4ccffa70c672198ea285246c6"),
-    "pneumoniamnist_128": _build_pneumonia_set("pneumoniamnist_128", 128, "05b46931834c231683c68f40c47b2971"),
-    "pneumoniamnist_224": _build_pneumonia_set("pneumoniamnist_224", 224, "d6a3c71de1b945ea11211b03746c1fe1"),
-    "chestmnist": _build_chest_set("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8"),
-    "chestmnist_64": _build_chest_set("chestmnist_64", 64, "9de6cd0b934ebb5b7426cfba5efbae16"),
+    "pneumoniamnist": _build_pneumonia_set("pneumoniamnist", 28, "28209eda62fecd6e6a2d98b1501bb15f", 4_170_669),
+    "pneumoniamnist_64": _build_pneumonia_set("pneumoniamnist_64", 64, "8f4eceb4ccffa70c672198ea285246c6", 20_606_998),
+    "pneumoniamnist_128": _build_pneumonia_set(
+        "pneumoniamnist_128", 128, "05b46931834c231683c68f40c47b2971", 75_506_212
+    ),
+    "pneumoniamnist_224": _build_pneumonia_set(
+        "pneumoniamnist_224", 224, "d6a3c71de1b945ea11211b03746c1fe1", 214_384_716
+    ),
+    "chestmnist": _build_chest_set("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8", 82_802_576),
+    "chestmnist_64": _build_chest_set("chestmnist_64", 64, "9de6cd0b934ebb5b7426cfba5efbae16", 401_604_127),
     "chestmnist_128": _build_chest_set("chestmnist_128", 128, "db107e5590b27930b62dbaf558aebee3"),
-    "chestmnist_224": _build_chest_set("chestmnist_224", 224, "45bd33e6f06c3e8cdb481c74a89152aa"),
+    "chestmnist_224": _build_chest_set("chestmnist_224", 224, "45bd33e6f06c3e8cdb481c74a89152aa", 3_889_293_042),
     "Task04_Hippocampus": _build_decathlon_set(
-        "Task04_Hippocampus", "T1 crops, front and back of the hippocampus", "9d24dba78a72977dbd1d2e110310f31b"
+        "Task04_Hippocampus",
+        "T1 crops, front and back of the hippocampus",
+        "9d24dba78a72977dbd1d2e110310f31b",
+        images=260 + 130,
+        classes=2,
+        size=28_400_000,
     ),
     "Task02_Heart": _build_decathlon_set(
-        "Task02_Heart", "cardiac MRI, left atrium", "06ee59366e1e5124267b774dbd654057"
+        "Task02_Heart", "cardiac MRI, left atrium", "06ee59366e1e5124267b774dbd654057", images=20 + 10, classes=1
     ),
     "QIN-PROSTATE-Repeatability": PublicSet(
         modality="mri",
@@ -134,6 +155,7 @@ PUBLIC_SETS: dict[str, PublicSet] = {
         sums="the archive, sent with the images",
         collection="QIN-PROSTATE-Repeatability",
         dicom=("MR",),
+        purpose="pretraining, repeated scans",
     ),
     "COVID-19-AR": PublicSet(
         modality="xray",

@@ -26,6 +26,7 @@ from medim.data.readers.base import (
     single_image,
 )
 from medim.data.readers.inspection import FileInspection, ImageInfo, RejectedFile
+from medim.data.readers.medmnist import find_class_names
 from medim.privacy import make_pseudonym
 from medim.types import Array, Split, Volume
 
@@ -334,6 +335,7 @@ def _inspect_archive(path: Path) -> FileInspection:
         quality = _list_missing_geometry(volume)
         if classes is not None and classes.shape[1] > 1 and not np.isin(classes, (0, 1)).all():
             quality, classes = (*quality, "several-labels"), None
+        names = None if classes is None else _select_class_names(path, classes)
         flat = images.reshape(len(images), -1)
         finite = np.isfinite(flat.sum(axis=1, dtype=np.float64))
         constant = flat.min(axis=1) == flat.max(axis=1)
@@ -347,7 +349,7 @@ def _inspect_archive(path: Path) -> FileInspection:
                 shape=volume.shape,
                 affine=volume.affine,
                 subject=make_pseudonym(f"{path.name}#{split}/{index}"),
-                label=None if classes is None else _encode_label(classes[index]),
+                label=None if classes is None else _encode_label(classes[index], names),
                 split=split,
                 quality=quality,
             )
@@ -355,10 +357,19 @@ def _inspect_archive(path: Path) -> FileInspection:
     return FileInspection(images=tuple(image_infos), rejected=tuple(rejected))
 
 
-def _encode_label(row: Array) -> str | None:
-    """Encode the label of an image: its class (1,), or its findings (K,) named by number."""
-    return (
-        f"{row[0]:g}"
-        if len(row) == 1
-        else format_findings({str(index): bool(is_present) for index, is_present in enumerate(row)})
-    )
+def _select_class_names(path: Path, classes: Array) -> tuple[str, ...] | None:
+    """Select the published names of the classes (N, 1) or findings (N, K); None if they do not fit the numbers."""
+    names = find_class_names(path.stem)
+    if names is None:
+        return None
+    if classes.shape[1] > 1:
+        return names if len(names) == classes.shape[1] else None
+    return names if np.isin(classes, range(len(names))).all() else None
+
+
+def _encode_label(row: Array, names: tuple[str, ...] | None) -> str | None:
+    """Encode the label of an image: its class (1,), or its findings (K,); by number without names."""
+    if len(row) == 1:
+        return f"{row[0]:g}" if names is None else names[int(row[0])]
+    names = names or tuple(map(str, range(len(row))))
+    return format_findings({name: bool(is_present) for name, is_present in zip(names, row, strict=True)})

@@ -146,11 +146,11 @@ def test_bad_inputs_leave_one_unlabelled_image(shared_data: Path) -> None:
 def test_an_archive_of_5222_images_is_indexed_with_its_splits(shared_data: Path) -> None:
     index = build_index(shared_data / "xray-pneumonia", "xray")
     assert Counter(record.split for record in index.records) == {"train": 4698, "val": 524}
-    assert index.classes == index.labels == ("0", "1")
+    assert index.classes == index.labels == ("normal", "pneumonia")
     archive = np.load(shared_data / "xray-pneumonia" / "pneumoniamnist.npz")
     record = index.records[4698 + 17]
     assert record.path == "pneumoniamnist.npz#val/17"
-    assert record.label == str(archive["val_labels"][17, 0])
+    assert record.label == ("normal", "pneumonia")[archive["val_labels"][17, 0]]
     np.testing.assert_array_equal(index.open(record).array[0], archive["val_images"][17])
 
 

@@ -402,11 +402,29 @@ def test_a_path_wins_over_the_name_of_a_set(
 
 
 def test_many_labels_an_image_are_findings(publisher: Publisher, tmp_path: Path) -> None:
-    (tmp_path / "chest.npz").write_bytes(archive_of_pictures(labels=14))
-    index = build_index(tmp_path / "chest.npz", "xray")
-    assert len(index.records) == 12
-    assert all((record.label or "").count("|") == 13 for record in index.records)
+    names = "atelectasis cardiomegaly effusion infiltration mass nodule pneumonia pneumothorax consolidation edema "
+    names += "emphysema fibrosis pleural hernia"
+    for stem, expected in (("chest", list(map(str, range(14)))), ("chestmnist_64", names.split())):
+        (tmp_path / f"{stem}.npz").write_bytes(archive_of_pictures(labels=14))
+        index = build_index(tmp_path / f"{stem}.npz", "xray")
+        assert len(index.records) == 12
+        assert all([part[1:] for part in (r.label or "").split("|")] == expected for r in index.records)
     assert "14 findings" in PUBLIC_SETS["chestmnist"].title
+
+
+def test_the_list_of_sets_is_a_table_with_sizes_and_purposes() -> None:
+    lines = CliRunner().invoke(app, ["fetch", "--list"]).output.splitlines()
+    assert lines[0].split() == ["name", "modality", "images", "size", "licence", "for", "content"]
+    rows = {line.split()[0]: line.split("  ") for line in lines[1 : 1 + len(PUBLIC_SETS)]}
+    assert list(rows) == list(PUBLIC_SETS)
+    cells = [cell.strip() for cell in rows["chestmnist_224"] if cell]
+    assert cells[1:6] == ["xray", "112,120", "3,889 MB", "CC BY 4.0", "classification, 14 findings per image"]
+    assert [name for name, row in rows.items() if "unknown" in [cell.strip() for cell in row]] == [
+        "chestmnist_128",
+        "Task02_Heart",
+        "QIN-PROSTATE-Repeatability",
+        "COVID-19-AR",
+    ]
 
 
 def test_the_command_writes_checks_and_lists(publisher: Publisher, tmp_path: Path) -> None:
