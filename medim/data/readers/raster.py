@@ -41,6 +41,10 @@ _MIN_COLOURED = 0.05  # fraction of visibly coloured pixels in a coloured pictur
 _MIN_COLOURED_DRAWING = 0.001  # in a drawing, which may be of black lines with a coloured button
 _FLAT_PICTURE_FRACTION = 0.7  # of equal neighbours outside the background; at most 0.4 in 4,778 X-rays as PNG and JPEG
 _WHITE, _WHITE_FRACTION = 250, 0.6  # background of a page of text
+# A film with a coloured marker: fraction of grey pixels beside the background, and levels of 80 % of them, if the
+# background is white or not. At most (0.11, 6) and (0.26, 4) in plots, diagrams and screenshots.
+_MIN_FILM = {True: (0.2, 32), False: (0.4, 6)}
+_MAIN_FRACTION = 0.8
 _MEASURED_ROWS = 256
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's mode L
 
@@ -124,7 +128,8 @@ def _detect_drawing(picture: Image.Image) -> list[str]:
     """List quality codes of a picture that is coloured, or has flat areas or a white background as in a drawing."""
     colours = np.asarray(picture.convert("RGB"))
     rows = colours[:: max(1, len(colours) // _MEASURED_ROWS)].astype(np.int32)
-    coloured_fraction = (np.ptp(rows, axis=-1) > _VISIBLE_CHROMA).mean()
+    is_visibly_coloured = np.ptp(rows, axis=-1) > _VISIBLE_CHROMA
+    coloured_fraction = is_visibly_coloured.mean()
     numbers = rows @ np.array([1 << 16, 1 << 8, 1])
     values, counts = np.unique(numbers, return_counts=True)
     background = values[counts.argmax()]
@@ -133,8 +138,17 @@ def _detect_drawing(picture: Image.Image) -> list[str]:
     flat_fraction = (is_foreground & (left == right)).sum() / max(1, is_foreground.sum())
     is_page = background & 255 >= _WHITE and counts.max() >= _WHITE_FRACTION * numbers.size
     is_drawing = flat_fraction >= _FLAT_PICTURE_FRACTION or is_page
-    is_coloured = coloured_fraction >= (_MIN_COLOURED_DRAWING if is_drawing else _MIN_COLOURED)
+    grey = rows[~is_visibly_coloured & (numbers != background)].mean(axis=-1).astype(np.int64)
+    min_grey_fraction, min_levels = _MIN_FILM[bool(is_page)]
+    is_film = grey.size >= min_grey_fraction * numbers.size and _count_main_levels(grey) >= min_levels
+    is_coloured = coloured_fraction >= (_MIN_COLOURED_DRAWING if is_drawing and not is_film else _MIN_COLOURED)
     return ["coloured"] * bool(is_coloured) + ["drawing-like"] * bool(is_drawing)
+
+
+def _count_main_levels(grey: Array) -> int:
+    """Count the most frequent grey levels that together have 80 % of the pixels."""
+    counts = np.sort(np.bincount(grey))[::-1]
+    return int(np.searchsorted(np.cumsum(counts), _MAIN_FRACTION * grey.size)) + 1
 
 
 def _count_pixel_bytes(picture: Image.Image) -> int:

@@ -329,6 +329,13 @@ def test_drawings_and_screenshots_are_no_films_and_pages_are_flagged(tmp_path: P
     framed = np.zeros((90, 120))
     framed[20:70, 30:90] = grey[20:70, 30:90]
     picture(tmp_path / "framed.png", framed)
+    enlarged = np.kron(noise(22, 30) / 4, np.ones((5, 5)))  # flat along each row
+    page_of_film = np.full((90, 120), 255.0)
+    page_of_film[20:65, 30:90] = grey[20:65, 30:90]
+    for name, film in {"enlarged": enlarged, "few-levels": enlarged // 16 * 16, "on-white": page_of_film}.items():
+        marked = np.stack([film] * 3, axis=-1)
+        marked[22:28, 32:36] = 255, 255, 0  # letter L of a coloured marker
+        picture(tmp_path / f"{name}.png", marked)
     index = build_index(tmp_path, "xray", keep_names=True, remember=False)
     assert reasons(index) == {"diagram.png": "looks-like-drawing", "window.png": "looks-like-drawing"}
     flags = {record.path: (record.quality or "").split()[1:] for record in index.records}
@@ -337,6 +344,9 @@ def test_drawings_and_screenshots_are_no_films_and_pages_are_flagged(tmp_path: P
         "heat.png": ["coloured", "colour-to-grey"],
         "film.png": ["colour-to-grey"],
         "framed.png": [],
+        "enlarged.png": ["drawing-like", "colour-to-grey"],
+        "few-levels.png": ["drawing-like", "colour-to-grey"],
+        "on-white.png": ["drawing-like", "colour-to-grey"],
     }
 
 
