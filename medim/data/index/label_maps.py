@@ -1,7 +1,8 @@
 """Recognise label maps among the images of a source, and join them to the images that they belong to.
 
-A label map has whole numbers of few levels or flat areas, a name or folder of labels (`masks/`, `case_seg.nii.gz`), and
-the grid of the image beside it. No single property decides, except names that only label maps have (`_dseg`).
+A label map has whole numbers of few levels or flat areas with large steps between them, a name or folder of labels
+(`masks/`, `case_seg.nii.gz`), and the grid of the image beside it. No single property decides, except names that only
+label maps have (`_dseg`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _SEQUENCE_WORDS = {  # of images on one grid that may share a mask
 }  # fmt: skip
 _ENTITIES = "sub|ses|acq|rec|run|dir|echo|part|chunk|hemi"  # of BIDS names, which a label map shares with its image
 _MIN_FLATNESS = 0.6  # of a label map without a name of labels
+_BINARY_LEVELS = 2  # of a mask that needs no flat areas, as of small lesions
 _JOIN_REMEDY = "to use it, list it with its image in --labels (columns image, mask)"
 
 Words = tuple[str, ...]
@@ -180,8 +182,7 @@ def _find_label_maps(images: Sequence[ImageInfo], names: dict[Path, _FileName], 
             image.levels
             and image.item is None
             and len(image.shape) == 3
-            and image.levels <= _MAX_JOINED_LEVELS
-            and image.flatness >= _MIN_FLATNESS
+            and (image.levels == _BINARY_LEVELS or image.flatness >= _MIN_FLATNESS)
             and any(True for _ in partners)
         ):
             label_images.append(image)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 InspectFn = Callable[[Path], FileInspection]
 ProgressCallback = Callable[[int, int], None]
 
-_CACHE_VERSION = f"{__version__}/16"  # increase the number if a reader changes its result for the same file
+_CACHE_VERSION = f"{__version__}/17"  # increase the number if a reader changes its result for the same file
 _CACHE_BATCH = 1000  # inspections per write
 _MIN_PARALLEL_FILES = 64  # with fewer files, starting processes takes longer than inspecting
 # reasons that can change without a change of the file: a network drive, an installed package, the free memory

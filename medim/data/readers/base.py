@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,6 +28,9 @@ MAX_SHORT_RUN = 16  # sequences of one visit; more volumes in one series or file
 MIN_CHECKED_BYTES = 1 << 28  # for less, the free memory is not measured
 _FEW_LEVELS = 16  # distinct values of a label map, whether in flat areas or not
 _FLAT_FRACTION = 0.7  # of equal neighbours in a label map of more levels
+_VERY_FLAT_FRACTION = 0.85  # of equal neighbours in a label map of ordered classes; 0.8 in a scan enlarged 3 times
+_MIN_SMOOTH_LEVELS = 8  # of an image whose values change smoothly; a label map of fewer classes may be nested
+_MIN_LABEL_STEP = 0.25  # between neighbours of two classes, of all levels: above 0.3 in label maps, below 0.2 in scans
 _MAX_LABEL_RANGE = 1 << 16  # from the lowest to the highest value of a label map
 _BLOCK_SIZE = 1 << 15  # voxels that are counted at once
 _SAMPLE_SIZE = 4096  # voxels that are examined first
@@ -323,7 +327,9 @@ class LevelCounter:
         self._max_levels = max_levels
         self._is_image = False
         self._values: set[int] = set()
-        self._n_pairs = self._n_equal = 0
+        self._equal_counts = Counter[int]()  # pairs of equal neighbours by value
+        self._n_unequal = 0
+        self._edge_counts = Counter[int]()  # pairs of unequal neighbours with a higher value, minus those with a lower
 
     def update(self, values: Array) -> None:
         """Include the voxels of another part: whole rows, with at least two axes."""
@@ -337,31 +343,59 @@ class LevelCounter:
             if self._is_image:
                 return
             self._is_image = not self._count_block(rows[start : start + n_rows])
-        is_flat = self._n_equal >= _FLAT_FRACTION * self._n_pairs
-        self._is_image |= len(self._values) > _FEW_LEVELS and not is_flat
+        self._is_image |= len(self._values) > _FEW_LEVELS and self._measure_flatness() < _FLAT_FRACTION
 
     def _count_block(self, rows: Array) -> bool:
         """Count the levels and equal neighbours of some rows; whether they may be those of a label map."""
         if not _are_whole(rows) or float(rows.max()) - float(rows.min()) > _MAX_LABEL_RANGE:
             return False
         lowest = int(rows.min())
-        counts = np.bincount((rows.reshape(-1) - lowest).astype(np.int64))
-        self._values.update(int(value) + lowest for value in np.flatnonzero(counts))
+        self._values.update(_count_values(rows, lowest))
+        if len(self._values) > self._max_levels:
+            return False
         left, right = rows[:, :-1], rows[:, 1:]
-        is_foreground = (left != 0) | (right != 0)
-        self._n_pairs += int(is_foreground.sum())
-        self._n_equal += int((is_foreground & (left == right)).sum())
-        return len(self._values) <= self._max_levels
+        self._equal_counts.update(_count_values(left[left == right], lowest))
+        self._n_unequal += int((left != right).sum())
+        self._edge_counts.update(_count_values(np.maximum(left, right), lowest))
+        self._edge_counts.subtract(_count_values(np.minimum(left, right), lowest))
+        return True
+
+    def _is_smooth(self) -> bool:
+        """Whether the values change in small steps, as in a scan of few levels."""
+        if len(self._values) < _MIN_SMOOTH_LEVELS or self._measure_flatness() >= _VERY_FLAT_FRACTION:
+            return False
+        return self._measure_steps() < _MIN_LABEL_STEP
+
+    def _measure_flatness(self) -> float:
+        """Measure the fraction of equal neighbours outside the background: the flattest value, or 0 with many."""
+        background = {value for value, _ in self._equal_counts.most_common(1)}
+        if len(self._values) > _FEW_LEVELS:
+            background.add(0)
+        n_equal = self._equal_counts.total() - sum(self._equal_counts[value] for value in background)
+        n_pairs = n_equal + self._n_unequal
+        return n_equal / n_pairs if n_pairs else 1.0
+
+    def _measure_steps(self) -> float:
+        """Measure the mean step between unequal neighbours in levels, as a fraction of all levels."""
+        ranks = {value: rank for rank, value in enumerate(sorted(self._values))}
+        total = sum(count * ranks[value] for value, count in self._edge_counts.items())
+        return total / max(1, self._n_unequal) / max(1, len(ranks) - 1)
 
     @property
     def levels(self) -> int:
         """Number of levels of a label map; 0 for an image."""
-        return 0 if self._is_image else len(self._values)
+        return 0 if self._is_image or self._is_smooth() else len(self._values)
 
     @property
     def flatness(self) -> float:
         """Fraction of neighbours along a row of a label map with equal values, without background; 0 for an image."""
-        return self._n_equal / self._n_pairs if self.levels and self._n_pairs else 0.0
+        return self._measure_flatness() if self.levels else 0.0
+
+
+def _count_values(values: Array, lowest: int) -> dict[int, int]:
+    """Count whole numbers that are not below the lowest."""
+    counts = np.bincount((values.reshape(-1) - lowest).astype(np.int64))
+    return {int(value) + lowest: int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def _are_whole(values: Array) -> bool:

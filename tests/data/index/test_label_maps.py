@@ -298,6 +298,67 @@ def test_levels_are_counted_over_all_parts_and_only_of_label_maps() -> None:
         assert counter.levels == 0
 
 
+def head(background: int, levels: int) -> np.ndarray[Any, Any]:
+    """A smooth ball of some levels in a constant background."""
+    distance = np.hypot(*np.indices((40, 40)) - 19.5)
+    ball = 1 - distance / 16 + 0.1 * np.sin(np.indices((40, 40))[0])
+    return np.where(distance < 12, background + 1 + np.rint(ball.clip(0, 1) * (levels - 2)), background)
+
+
+def organs(count: int, background: int = 0) -> np.ndarray[Any, Any]:
+    """Squares of a number of classes in random order, with background between the rows."""
+    side = int(np.ceil(np.sqrt(count)))
+    values = np.resize(np.random.default_rng(0).permutation(np.arange(1, count + 1)), (side, side))
+    array = np.kron(values, np.ones((9, 9), int))
+    array[::9] = background
+    return array
+
+
+SCANS = {
+    **{f"{n} levels on {background}": head(background, n) for n in (12, 30, 200, 900) for background in (0, 5, -1)},
+    "enlarged": np.kron(head(5, 30), np.ones((4, 4))),
+    "thresholded": np.where(head(0, 200) > 120, head(0, 200), 5),
+    "probabilities of 100": np.rint(100 / (1 + np.exp(np.hypot(*np.indices((40, 40)) - 19.5) - 9))),
+}
+MAPS = {
+    **{f"{n} classes on {background}": organs(n, background) for n in (1, 3, 20, 99, 400) for background in (0, -1)},
+    "with an ignored value": np.where(np.indices((45, 45))[0] < 4, 255, organs(25)),
+    "of an atlas with numbers": organs(99) * 7 + 1000,
+    "of small lesions": (noise(40, 40) > 990).astype(int),
+    "nested": np.digitize(head(0, 200), [50, 100, 150]),
+}
+
+
+@pytest.mark.parametrize(
+    ("array", "is_label"),
+    [*((scan, False) for scan in SCANS.values()), *((label_map, True) for label_map in MAPS.values())],
+    ids=[*SCANS, *MAPS],
+)
+def test_levels_are_those_of_classes_and_not_of_grey_values(array: np.ndarray[Any, Any], is_label: bool) -> None:
+    counter = LevelCounter()
+    counter.update(array)
+    assert (counter.levels > 0) == is_label
+
+
+@pytest.mark.parametrize(
+    ("array", "is_label"),
+    [
+        (SCANS["12 levels on 5"], False),
+        (SCANS["enlarged"], False),
+        (MAPS["99 classes on 0"], True),
+        (MAPS["of small lesions"], True),
+    ],
+)
+def test_a_volume_without_a_name_of_labels_is_judged_by_its_values(
+    tmp_path: Path, array: np.ndarray[Any, Any], is_label: bool
+) -> None:
+    volume = np.stack([array] * 3, axis=-1).astype(np.int16)
+    write_nifti(tmp_path / "T1.nii.gz", noise(*volume.shape))
+    write_nifti(tmp_path / "T2.nii.gz", volume)
+    index = build_index(tmp_path, "mri", keep_names=True, remember=False)
+    assert reasons(index) == ({"T2.nii.gz": "looks-like-label"} if is_label else {})
+
+
 def test_real_images_and_masks_are_told_apart_by_their_voxels(shared_data: Path) -> None:
     for folder, is_label in (("imagesTr", False), ("labelsTr", True)):
         paths = sorted((shared_data / "mri-acdc" / folder).glob("*.nii.gz"))[:4]
