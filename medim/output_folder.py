@@ -34,6 +34,7 @@ READY = ".medim-ready"  # complete result on its way to its place
 REPLACED = ".medim-old"  # earlier result on its way to deletion
 INTERNAL_NAMES = frozenset({MARKER, STAGING, READY, REPLACED})
 SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # written by file managers
+REJECTIONS_FILE = "rejected.csv"  # files that could not be used, with the reasons
 SUMMARY_FILE = "summary.json"  # its presence means success: the first to leave and the last to arrive
 SOURCE_COMMANDS = frozenset({"example", "fetch"})  # their results are images to read
 
@@ -126,8 +127,8 @@ def write_rejection_file(out: Path, command: str, write: Callable[[Path], None])
         write(out.resolve().with_name(f"{out.resolve().name}.rejected.csv"))
         return
     with _open_marker(out) as marker:
-        write(out / "rejected.csv")
-        _write_record(marker, OutputRecord(command, "rejected", os.getpid(), ("rejected.csv",)))
+        write(out / REJECTIONS_FILE)
+        _write_record(marker, OutputRecord(command, "rejected", os.getpid(), (REJECTIONS_FILE,)))
 
 
 def record_output_file(path: Path) -> None:

@@ -141,12 +141,11 @@ def index(arguments: IndexArguments) -> None:
     Each rejected file is listed with the reason.
     """
     from medim.data.index.index import AllRejectedError, build_index
-    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.index.selection import parse_condition
     from medim.data.loading.source_summary import describe_source, warn_mixed_sizes
     from medim.data.parallel import count_cpus
     from medim.data.public.fetch import resolve_data_argument
-    from medim.output_folder import output_folder, write_rejection_file
+    from medim.output_folder import REJECTIONS_FILE, output_folder, write_rejection_file
 
     out, overwrite = arguments.out, arguments.overwrite
     labels = name_label_columns(arguments)
@@ -209,10 +208,10 @@ def preprocess(
 
     `pretrain` and `finetune` read images from it.
     """
-    from medim.data.index.records import REJECTIONS_FILE
     from medim.data.loading.cohort import open_cohort
     from medim.data.loading.quality_table import add_record_flags, count_flags, flag_images, write_quality
     from medim.data.source import open_source
+    from medim.output_folder import REJECTIONS_FILE
     from medim.training.pretrain.config import resolve_pretrain_config
 
     if out.exists() and not (out / "store.json").is_file() and (out.is_file() or any(out.iterdir())):

@@ -197,7 +197,8 @@ def _warn_unusual(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _summarise_predictions(rows: Sequence[Mapping[str, Any]], arguments: PredictArguments) -> dict[str, Any]:
     """Count the usual, unusual and rejected images, and name the written files."""
-    from medim.data.index.records import REJECTIONS_FILE, read_rejections
+    from medim.data.index.records import read_rejections
+    from medim.output_folder import REJECTIONS_FILE
 
     out, groups = arguments.out, Counter(str(row["ood_feature_group"]) for row in rows if row["ood"])
     reasons = Counter(rejection.reason for rejection in read_rejections(out / REJECTIONS_FILE))
@@ -239,7 +240,7 @@ def embed(
 
     With --mi-map-dir, mutual-information maps are written too.
     """
-    from medim.data.index.records import REJECTIONS_FILE
+    from medim.output_folder import REJECTIONS_FILE
     from medim.package.package import load_package
     from medim.predict.embed import embed_images
     from medim.predict.images import ImageSource

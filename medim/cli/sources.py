@@ -64,7 +64,7 @@ def name_label_columns(arguments: Any) -> Path | TableFile | None:
 
 def show_source(arguments: Any, index: Index, out: Path | None) -> None:
     """Print the summary of the images that a command reads."""
-    from medim.data.index.records import REJECTIONS_FILE
+    from medim.output_folder import REJECTIONS_FILE
 
     rejections_file = None if out is None else out / REJECTIONS_FILE
     print_source(index, split_seed=getattr(arguments, "split_seed", None), rejections_file=rejections_file)

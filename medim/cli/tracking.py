@@ -215,8 +215,9 @@ def track_prediction(package: Package, out: Path, output_format: str, start: flo
 def _build_prediction_result(package: Package, out: Path, output_format: str, start: float) -> TrackedResult:
     from collections import Counter
 
-    from medim.data.index.records import REJECTIONS_FILE, read_rejections
+    from medim.data.index.records import read_rejections
     from medim.files import read_json
+    from medim.output_folder import REJECTIONS_FILE
     from medim.tracking.results import TrackedResult
 
     counts = read_json(out / "summary.json")["counts"]

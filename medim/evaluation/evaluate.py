@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from medim.data.contamination import ContaminationFilter, load_training_history
 from medim.data.index.index import ImageRecord, Index
-from medim.data.index.records import REJECTIONS_FILE, write_rejections
+from medim.data.index.records import write_rejections
 from medim.data.loading.splits import assign_splits as split_subjects
 from medim.data.loading.splits import read_splits
 from medim.evaluation.case_pictures import PICTURES_FILE, write_case_pictures
@@ -29,7 +29,7 @@ from medim.models.device import choose_device
 from medim.models.model import as_numpy_function
 from medim.models.serialization import load_encoder, load_model
 from medim.objectives.score_map import load_score_map
-from medim.output_folder import output_folder
+from medim.output_folder import REJECTIONS_FILE, output_folder
 from medim.package.package import load_package
 from medim.tasks import ENCODER, find_task_of_kind
 from medim.tasks.task import CaseRow

@@ -15,7 +15,7 @@ from medim.data.readers import ReadError
 from medim.data.readers.sandbox import DecodingLimits, sandboxed_decoding
 from medim.files import write_csv, write_json
 from medim.inference.network import Predictor
-from medim.output_folder import write_rejection_file
+from medim.output_folder import REJECTIONS_FILE, write_rejection_file
 from medim.package.package import Package
 from medim.predict.answer import Answer, AnswerWriter, PredictionRow
 from medim.predict.images import (
@@ -146,7 +146,7 @@ def _predict_index(
     if not rows:
         (folder / JOURNAL).unlink()
         raise build_rejection_error(index, rejections)
-    write_rejections(folder / "rejected.csv", rejections)
+    write_rejections(folder / REJECTIONS_FILE, rejections)
     write_csv(folder / "predictions.csv", list(rows[0]), (list(row.values()) for row in rows))
     n_unusual = sum(row["ood"] is True for row in rows)
     counts = {"images": len(index.records), "predicted": len(rows), "unusual": n_unusual, "rejected": len(rejections)}

@@ -10,11 +10,12 @@ from typing import Any
 
 from medim.config import FinetuneConfig, dump_config
 from medim.data.index.index import Index
-from medim.data.index.records import REJECTIONS_FILE, write_rejections
+from medim.data.index.records import write_rejections
 from medim.data.loading.splits import write_splits
 from medim.evaluation.probing.label_budget import Budget
 from medim.files import read_json, write_json, write_text
 from medim.models.serialization import locate_weights
+from medim.output_folder import REJECTIONS_FILE
 from medim.renamed_keys import translate_config
 from medim.study import checks
 from medim.study.audit.groups import Groups, read_groups

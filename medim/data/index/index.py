@@ -44,6 +44,7 @@ from medim.data.readers.base import check_voxels
 from medim.data.readers.dicom.reader import SlicePlan
 from medim.files import json_sha256, write_json
 from medim.migrations import read_checked_json
+from medim.output_folder import REJECTIONS_FILE
 from medim.privacy import (
     Scrubber,
     format_path,
@@ -261,7 +262,7 @@ class Index:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
         write_records(out, self.records)
-        write_rejections(out / "rejected.csv", self.rejected)
+        write_rejections(out / REJECTIONS_FILE, self.rejected)
         write_json(out / "summary.json", self._summary(final_folder or out))
 
     @classmethod
@@ -306,7 +307,7 @@ class Index:
             root=root,
             modality=summary["modality"],
             records=read_records(table),
-            rejected=read_rejections(folder / "rejected.csv"),
+            rejected=read_rejections(folder / REJECTIONS_FILE),
             classes=tuple(summary.get("classes", ())),
             class_values=tuple(summary.get("class_values", ())),
             ignore_value=summary.get("ignore_value"),

@@ -12,6 +12,7 @@ from medim.data.index.decathlon import DecathlonFolder, file_stem, read_decathlo
 from medim.data.index.tables import SPLIT_NAMES
 from medim.data.mask_classes import MaskClasses
 from medim.data.readers.inspection import RejectedFile
+from medim.output_folder import REJECTIONS_FILE
 from medim.privacy import format_path
 from medim.types import Split, UserError
 
@@ -150,7 +151,7 @@ def _explain_bids_rejection(path: Path, duplicate_folders: dict[Path, tuple[str,
 
 def _find_index_files(files: Sequence[Path]) -> set[Path]:
     """Find the files of an index that was written into the source."""
-    names = ("summary.json", "index.parquet", "index.csv", "rejected.csv")
+    names = ("summary.json", "index.parquet", "index.csv", REJECTIONS_FILE)
     folders = {path.parent for path in files if path.name in names[1:3]} & {
         path.parent for path in files if path.name == names[0]
     }

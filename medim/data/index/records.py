@@ -15,7 +15,6 @@ from medim.types import UserError
 from medim.version import install_command
 
 SCHEMA_VERSION = 3
-REJECTIONS_FILE = "rejected.csv"
 
 
 @dataclass(frozen=True, kw_only=True)

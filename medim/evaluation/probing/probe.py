@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from medim.data.contamination import ContaminationCounts, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
-from medim.data.index.records import REJECTIONS_FILE, write_rejections
+from medim.data.index.records import write_rejections
 from medim.data.loading.cohort import Cohort, VolumeCache
 from medim.evaluation.cases import write_parquet
 from medim.evaluation.probing.baselines import build_random_encoder, principal_components
@@ -33,7 +33,7 @@ from medim.model_spec import ModelSpec
 from medim.models.device import choose_device
 from medim.models.feature_extraction import batch_images, check_finite_features, extract_features
 from medim.models.serialization import load_encoder, locate_weights
-from medim.output_folder import output_folder
+from medim.output_folder import REJECTIONS_FILE, output_folder
 from medim.tasks import TASKS
 from medim.tasks.task import Task
 from medim.types import Array, UsageError, UserError

@@ -17,7 +17,7 @@ from medim.config import FinetuneConfig
 from medim.console.progress import show_progress
 from medim.data.contamination import ContaminationCounts, TrainingHistory, check_contamination, load_training_history
 from medim.data.index.index import ImageRecord, Index
-from medim.data.index.records import REJECTIONS_FILE, write_rejections
+from medim.data.index.records import write_rejections
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import LabelledDataset
 from medim.data.loading.splits import select_label_budget, warn_label_shortage, write_splits
@@ -28,7 +28,7 @@ from medim.metrics.segmentation import METRIC_RULE
 from medim.model_spec import SCHEMA_VERSION, ModelSpec, read_spec
 from medim.models.model import Model, as_numpy_function, build_model
 from medim.models.serialization import load_weights, locate_weights, save_model
-from medim.output_folder import OutputRecord, read_record
+from medim.output_folder import REJECTIONS_FILE, OutputRecord, read_record
 from medim.signals import handle_shutdown_signals
 from medim.tasks.task import CaseRow
 from medim.tracking.lineage import Source, make_source

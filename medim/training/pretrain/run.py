@@ -16,7 +16,7 @@ import torch
 from medim.config import PretrainConfig, list_presets, read_config
 from medim.data.contamination import TrainingHistory
 from medim.data.index.index import ImageRecord, Index
-from medim.data.index.records import REJECTIONS_FILE, write_rejections
+from medim.data.index.records import write_rejections
 from medim.data.loading.cohort import Cohort, open_cohort
 from medim.data.loading.datasets import ViewDataset
 from medim.data.loading.splits import assign_splits, write_splits
@@ -24,7 +24,7 @@ from medim.files import json_sha256, write_json
 from medim.model_spec import ModelSpec, read_spec
 from medim.models.model import build_decoder, build_encoder
 from medim.models.serialization import check_finite_weights
-from medim.output_folder import OutputRecord, read_record
+from medim.output_folder import REJECTIONS_FILE, OutputRecord, read_record
 from medim.signals import handle_shutdown_signals
 from medim.tracking.target import check_target, is_tracking_enabled
 from medim.tracking.tracker import Tracker
