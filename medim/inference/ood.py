@@ -74,6 +74,11 @@ class OODResult:
         score = None if self.score is None else float(f"{self.score:.4g}")
         return {"ood_score": score, "ood": self.ood, "ood_feature_group": self.feature_group}
 
+    @property
+    def columns_with_reason(self) -> dict[str, float | str | None]:
+        """Columns of tables for readers: those of `columns`, and the reason."""
+        return {**self.columns, "ood_reason": self.reason}
+
 
 @dataclass(frozen=True, eq=False)
 class GaussianModel:

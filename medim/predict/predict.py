@@ -170,8 +170,7 @@ def _write_answers(
             continue
         try:
             row = write_answer(folder / names[record.image], index, answer)
-            ood_columns = {**answer.ood_result.columns, "ood_reason": answer.ood_result.reason}
-            journal.add(record.image, {"row": {**row, **ood_columns}})
+            journal.add(record.image, {"row": {**row, **answer.ood_result.columns_with_reason}})
         except ReadError as error:
             journal.add(record.image, encode_rejection(Rejection(record.path, error.reason, error.detail)))
     entries = [journal.entries[record.image] for record in index.records]
@@ -236,6 +235,5 @@ def _write_answer(package: Package | Predictor, stem: Path, index: Index, answer
     path = stem.with_name(f"{stem.name}.json")
     content = {"schema_version": SCHEMA_VERSION, "image": image}
     content |= network.task.answer_content(columns, network.classes)
-    ood_columns = {**answer.ood_result.columns, "ood_reason": answer.ood_result.reason}
-    write_json(path, {**content, **ood_columns, "package": _describe_package(package)})
+    write_json(path, {**content, **answer.ood_result.columns_with_reason, "package": _describe_package(package)})
     return {"image": image, "file": path.name, **columns}
