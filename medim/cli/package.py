@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -22,6 +21,7 @@ from medim.cli.options import (
 from medim.cli.terminal import format_or_dash, print_result, print_table, print_warning
 from medim.cli.tracking import start_tracking, track_export, track_prediction
 from medim.console.progress import show_progress
+from medim.files import decode_json
 from medim.types import UsageError, UserError
 
 MAX_TABLE_ROWS = 10  # predictions and warnings printed by default
@@ -106,7 +106,7 @@ def export(arguments: ExportArguments) -> None:
             "kind": package.contract.kind,
             "version": f"{package.contract.name} {package.contract.version}",
             "sha256": package.sha256,
-            "gates": _format_gates(json.loads(package.read_file(REPORT))["gates"]),
+            "gates": _format_gates(cast(Any, decode_json(package.read_file(REPORT), REPORT)["gates"])),
             "fields of the card": open_fields,
             "written to": arguments.out,
         },
