@@ -165,6 +165,7 @@ def index(arguments: IndexArguments) -> None:
                 remember=not arguments.no_cache,
                 progress=show_progress("inspected", "files"),
             )
+            image_index.log_unidentified()
             image_index = image_index if arguments.where is None else image_index.select(arguments.where)
             image_index.write(folder, final_folder=out)
     except AllRejectedError as error:

@@ -80,6 +80,7 @@ def open_source(
         index.log_unidentified()
         return index, data if (data / "store.json").is_file() else None
     index = build_index(data, modality, labels=labels, subjects=subjects, keep_names=keep_names, jobs=count_cpus())
+    index.log_unidentified()
     return index, None
 
 

@@ -164,6 +164,7 @@ class Closer:
             )
         except (ReadError, UserError):
             return Geometry("unusable", "unreadable")
+        index.log_unidentified()
         incomplete = [rejection.reason for rejection in index.rejected if rejection.reason in _CURABLE_REASONS]
         incomplete += [
             code for record in index.records for code in (record.quality or "").split() if code in _INCOMPLETE_QUALITY

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, find_images, is_index
+from medim.data.index.index import AllRejectedError, ImageRecord, Index, Rejection, build_index, is_index
 from medim.data.readers import ReadError
 from medim.data.readers.base import check_memory
 from medim.data.readers.sandbox import DecodingLimits
@@ -92,7 +92,7 @@ def open_index(inputs: PredictInputs, modality: Modality) -> Index:
 
 def _open_source(source: ImageSource, modality: Modality) -> Index:
     if len(source.paths) != 1 or not is_index(source.paths[0]):
-        return find_images(source.paths, modality, keep_names=source.keep_names)
+        return build_index(source.paths, modality, keep_names=source.keep_names)
     if source.keep_names:
         raise UserError("--keep-names has no effect on an existing index. Give --keep-names to `medim index`.")
     return Index.read(source.paths[0])

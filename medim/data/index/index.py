@@ -502,37 +502,6 @@ def build_index(
         >>> index.records[0].shape
         (3, 3, 3)
     """
-    index = _build_index(
-        source,
-        modality,
-        labels=labels,
-        subjects=subjects,
-        keep_names=keep_names,
-        jobs=jobs,
-        remember=remember,
-        progress=progress,
-    )
-    index.log_unidentified()
-    return index
-
-
-def find_images(source: Sequence[Path], modality: Modality, *, keep_names: bool = False) -> Index:
-    """Build the index of images that are only read, and not split by subject."""
-    return _build_index(source, modality, keep_names=keep_names)
-
-
-def _build_index(
-    source: Path | Sequence[Path],
-    modality: Modality,
-    *,
-    labels: Path | TableFile | None = None,
-    subjects: Path | TableFile | None = None,
-    keep_names: bool = False,
-    jobs: int = 1,
-    remember: bool = True,
-    progress: ProgressCallback | None = None,
-) -> Index:
-    """Build the index; see `build_index`."""
     if modality not in get_args(Modality):
         raise UsageError(f"modality: expected {' or '.join(get_args(Modality))}, got {modality!r}.")
     if jobs < 1:

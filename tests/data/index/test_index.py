@@ -324,7 +324,7 @@ def test_a_file_name_that_every_sequence_has_is_one_subject_wherever_the_source_
 def test_subjects_that_are_guessed_from_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("p1/t1.nii", "p1/t2.nii", "p2/t1.nii", "p2/t2.nii"):
         write_nifti(tmp_path / name)
-    build_index(tmp_path, "mri")
+    build_index(tmp_path, "mri").log_unidentified()
     assert "No subject IDs: guessed 2 subjects for 4 images from file and folder names" in caplog.text
 
 
@@ -822,6 +822,7 @@ def test_a_column_of_patients_beside_the_labels_groups_the_images(
     index = build_index(tmp_path / "s", "xray", labels=tmp_path / "l.csv")
     assert subjects_of(index) == [0, 0, 1, 1]
     assert [record.label for record in index.records] == ["x", "y", "x", "y"]
+    index.log_unidentified()
     assert "No subject IDs" not in caplog.text
 
 
@@ -850,9 +851,12 @@ def test_images_without_subjects_are_told_once_and_names_that_begin_alike_are_on
         picture(tmp_path / "views" / f"pat{number // 2:03}_view{number % 2}.png", seed=number)
     index = build_index(tmp_path / "alone", "xray")
     assert subjects_of(index) == list(range(6))
+    index.log_unidentified()
     assert caplog.text.count("No subject IDs: each of 6 images counts as its own subject") == 1
     caplog.clear()
-    assert subjects_of(build_index(tmp_path / "views", "xray")) == [0, 0, 1, 1, 2, 2]
+    index = build_index(tmp_path / "views", "xray")
+    index.log_unidentified()
+    assert subjects_of(index) == [0, 0, 1, 1, 2, 2]
     assert "No subject IDs: guessed 3 subjects for 6 images" in caplog.text
     assert "pat0" not in caplog.text
 

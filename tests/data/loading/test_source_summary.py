@@ -75,7 +75,7 @@ def test_the_block_goes_to_standard_error_and_not_with_quiet(
 def test_missing_subject_ids_are_told_again_where_an_index_is_read(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    build_index(source, "xray", remember=False).write(tmp_path / "index")
+    open_source(source, "xray")[0].write(tmp_path / "index")
     assert caplog.text.count("No subject IDs") == 1
     open_source(tmp_path / "index", "xray")
     assert caplog.text.count("No subject IDs: each of 8 images counts as its own subject") == 2

@@ -17,7 +17,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from medim.data.index.index import AllRejectedError, Index, find_images
+from medim.data.index.index import AllRejectedError, Index, build_index
 from medim.data.readers import ReadError, read_volume
 from medim.types import Modality
 from tests.data.synthetic import noise, save, write_nifti
@@ -50,7 +50,7 @@ def damaged(whole: bytes, count: int, seed: int, header: int) -> Iterator[bytes]
 def index_of(source: Path, modality: Modality) -> Index:
     """The index, also where every file is refused."""
     try:
-        return find_images([source], modality)
+        return build_index([source], modality)
     except AllRejectedError as error:
         return error.index
 
