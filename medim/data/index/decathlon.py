@@ -241,17 +241,26 @@ def _parse_mask_classes(labels: object, description_path: Path) -> MaskClasses:
     )
 
 
+def _is_integer(text: str) -> bool:
+    """Whether `int` accepts a text.
+
+    Examples:
+        >>> _is_integer("-1"), _is_integer("left"), _is_integer("1.0")
+        (True, False, False)
+    """
+    return re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", text) is not None
+
+
 def _parse_value_names(labels: Mapping[str, Any], place: str) -> list[tuple[str, tuple[int, ...]]]:
     """Parse {"1": name} or {name: 1} or {name: [1, 2]} to names with their values.
 
     Raises:
         UserError: the labels have another form.
     """
+    is_numbered_by_value = all(map(_is_integer, labels))
     try:
-        return [(str(name), (int(value),)) for value, name in labels.items()]
-    except ValueError:
-        pass  # not numbered by value
-    try:
+        if is_numbered_by_value:
+            return [(str(name), (int(value),)) for value, name in labels.items()]
         values = [value if isinstance(value, list) else [value] for value in labels.values()]
         return [(str(name), tuple(map(int, numbers))) for name, numbers in zip(labels, values, strict=True)]
     except (OverflowError, TypeError, ValueError) as error:
