@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 _Sizes = list[Size] | tuple[Size, ...]
 _MaskValue = Annotated[int, Field(ge=1, le=65535)]
-_PROVENANCE_KEYS = ("config_hash", "index_hash", "seed", "split_seed", "parent", "n_selection_labels")
+_PROVENANCE_KEYS = ("config_hash", "index_hash", "where", "seed", "split_seed", "parent", "n_selection_labels")
 
 
 class _Content(BaseModel):
@@ -64,6 +64,7 @@ class _NetworkContent(_Content):
 class _ProvenanceContent(_Content):
     config_hash: str | None = None
     index_hash: str | None = None
+    where: str | None = None
     seed: int | None = None
     split_seed: int | None = None
     parent: str | None = None
@@ -153,6 +154,7 @@ class Provenance:
     Attributes:
         config_hash: of the run's configuration.
         index_hash: of the training images.
+        where: condition that selected them, without names of images and subjects; None for all images.
         seed: random seed of weights, batches and augmentation.
         split_seed: random seed of the split by subject.
         parent: sha256 of the encoder that a fine-tuning started from; None for fresh weights.
@@ -162,6 +164,7 @@ class Provenance:
 
     config_hash: str | None = None
     index_hash: str | None = None
+    where: str | None = None
     seed: int | None = None
     split_seed: int | None = None
     parent: str | None = None

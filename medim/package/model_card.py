@@ -231,9 +231,11 @@ def _list_classes(contract: Contract) -> str:
 
 def _describe_data(contract: Contract, summary: Mapping[str, Any]) -> CardFields:
     provenance = contract.provenance
+    where = provenance.get("where")
+    selection = f"; of the images that satisfy the condition {where} (--where)" if where else ""
     return {
         "preprocessing": "; ".join(_format_card_section(step, "op") for step in contract.preprocess) or "none",
-        "split": "by subject, or predefined by the source" if "split_seed" in provenance else None,
+        "split": f"by subject, or predefined by the source{selection}" if "split_seed" in provenance else None,
         "labelled images": summary.get("n_labelled"),
         "index (sha256)": provenance.get("index_hash"),
     }

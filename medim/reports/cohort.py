@@ -70,6 +70,7 @@ def build_cohort_section(folder: Path, anchor: str) -> ReportSection:
             ("Modality", index.modality),
             ("Sessions", format_value(sessions or None)),
             ("Classes of the masks", format_value(list(index.classes) if any(r.mask for r in records) else None)),
+            ("Condition (--where)", index.where or "none"),
             ("Index", index.hash[:12]),
         ],
         tables=[

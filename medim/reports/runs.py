@@ -312,6 +312,7 @@ def _machine_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Peak memory", format_bytes(summary.get("peak_memory_bytes"))),
         ("Device", format_value(summary.get("device"))),
         ("Config", str(summary.get("config_hash"))[:12]),
+        ("Condition (--where)", str(summary.get("where") or "none")),
         ("Index", str(summary.get("index_hash"))[:12]),
     ]
 

@@ -114,8 +114,10 @@ def check_evaluation_split(task: str, cohort: Cohort) -> None:
     subjects = {record.subject for record in val}
     if len(subjects) < MIN_SUBJECTS:
         raise UserError(
-            f"evaluation split: expected at least {MIN_SUBJECTS} subjects for an interval, got {len(subjects)}. "
-            f"{_MORE_SUBJECTS}"
+            cohort.index.append_selection(
+                f"evaluation split: expected at least {MIN_SUBJECTS} subjects for an interval, got {len(subjects)}. "
+                f"{_MORE_SUBJECTS}"
+            )
         )
     if find_task(task).has_class_labels:
         subject_counts = Counter(str(label) for _, label in {(record.subject, record.label) for record in val})
@@ -130,8 +132,10 @@ def check_evaluation_split(task: str, cohort: Cohort) -> None:
     shortages = [f"{subject_counts[name]} with {name}" for name in class_names if subject_counts[name] < minimum]
     if shortages:
         raise UserError(
-            f"evaluation split: expected at least {minimum} subject(s) with each class, got {', '.join(shortages)}. "
-            f"{_MORE_SUBJECTS}"
+            cohort.index.append_selection(
+                f"evaluation split: expected at least {minimum} subject(s) with each class, got "
+                f"{', '.join(shortages)}. {_MORE_SUBJECTS}"
+            )
         )
 
 

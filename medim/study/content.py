@@ -196,6 +196,7 @@ class StudySummary(StudyFacts):
     device: str | None
     config_hash: str
     index_hash: str
+    where: NotRequired[str | None]
     versions: dict[str, str]
     comparisons: ComparisonTable | None
 

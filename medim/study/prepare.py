@@ -199,12 +199,14 @@ def _fix_design(context: StudyContext, costs: Callable[[], Costs]) -> StudyConte
         "probe_seeds": design.probe_seeds,
         "split_seed": design.split_seed,
         "learning_rates": list(design.lr_multipliers),
+        "where": context.cohort.index.where,
         "index_hash": context.cohort.index.hash,
         "config_hash": context.config.hash,
     }
     if file.is_file():
         previous = translate_config(read_json(file), warn=False)
         previous.setdefault("metric", find_task(design.task).metric)  # the only metric of earlier versions
+        previous.setdefault("where", content["where"])  # of earlier versions, whose index_hash decides alone
         content["eval_steps"] = previous.get("eval_steps")  # as timed at the start of the study
         recorded = read_run_config(context.out / CONFIG, FinetuneConfig)
         if recorded and recorded.hash == content["config_hash"]:  # earlier versions hashed the old names of keys

@@ -144,7 +144,14 @@ def _log_remaining_cells(scheduler: Scheduler) -> None:
 def _collect_study_parameters(context: StudyContext) -> dict[str, object]:
     design = context.design
     names = {"arms": " ".join(arm.name for arm in design.arms), "budgets": " ".join(b.name for b in design.budgets)}
-    return {"task": design.task, **names, "seeds": design.seeds, "index_hash": context.cohort.index.hash}
+    index = context.cohort.index
+    return {
+        "task": design.task,
+        **names,
+        "seeds": design.seeds,
+        "where": index.public_where,
+        "index_hash": index.hash,
+    }
 
 
 def _list_sources(arms: Sequence[Arm]) -> list[Source]:
@@ -192,11 +199,19 @@ def _format_repeat_command(command: Sequence[str], context: StudyContext) -> str
     """Format the command that repeats the study, with the steps timed here and without identities in paths."""
     scrubber = Scrubber(identity_tokens(context.cohort.index.identity_parts))
     pieces = ([_format_command_piece(piece, scrubber) for piece in re.split(r"([=,])", word)] for word in command)
-    words = ["".join(parts) for parts in pieces]
+    words = _replace_condition(["".join(parts) for parts in pieces], context.cohort.index.where)
     overrides = (
         [] if context.config.eval_steps is not None else ["--set", f"eval_steps={list(context.design.eval_steps)}"]
     )
     return shlex.join([*words, *overrides]) if words else ""
+
+
+def _replace_condition(words: Sequence[str], where: str | None) -> list[str]:
+    """Replace the condition of `--where` by the recorded one, which has no names that the index hides."""
+    return [
+        (where or "") if previous == "--where" else f"--where={where or ''}" if word.startswith("--where=") else word
+        for previous, word in zip(["", *words], words, strict=False)
+    ]
 
 
 def _format_command_piece(piece: str, scrubber: Scrubber) -> str:

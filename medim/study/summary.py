@@ -62,6 +62,7 @@ def write_summary(out: Path, scheduler: Scheduler, facts: StudyFacts) -> StudySu
         "device": summaries[0]["device"] if summaries else None,
         "config_hash": context.config.hash,
         "index_hash": context.cohort.index.hash,
+        "where": context.cohort.index.where,
         "versions": collect_versions(),
         "comparisons": None,
     }

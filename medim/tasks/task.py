@@ -220,7 +220,7 @@ class Task(ABC):
         count = len(index.records)
         n_maps = sum(rejection.reason in _LABEL_MAP_REASONS for rejection in index.rejected)
         maps = f" {n_maps} files are label maps that could not be joined to an image; see rejected.csv."
-        return (
+        return index.append_selection(
             f"{index.source_name}: none of {count} images has a {self.target_field}."
             f"{maps if self.dense and n_maps else ''} {self.target_remedy}"
         )

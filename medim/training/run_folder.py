@@ -115,7 +115,8 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
     Args:
         out: folder of the run.
         config: resolved configuration.
-        **inputs: other inputs that determine the result: seeds, hash of the index, label budget, hash of the encoder.
+        **inputs: other inputs that determine the result: seeds, condition and hash of the index, label budget,
+            hash of the encoder.
 
     Raises:
         UserError: the folder contains a run with another configuration or other inputs.
@@ -130,6 +131,7 @@ def write_config(out: Path, config: RunConfig, **inputs: str | float | None) -> 
         recorded = read_json(file)
         if "schema_version" not in recorded:
             raise UserError(f"{file}: expected the inputs of the run, got no schema_version. Use --overwrite.")
+        recorded.setdefault("where", inputs.get("where"))  # of earlier versions, whose index_hash decides alone
         differences = [
             f"{key} {previous} (now {content.get(key)})"
             for key, previous in recorded.items()

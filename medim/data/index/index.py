@@ -34,7 +34,7 @@ from medim.data.index.records import (
     write_rejections,
 )
 from medim.data.index.scan_cache import FileScanner, ProgressCallback, inspect_file
-from medim.data.index.selection import describe_columns, parse_condition
+from medim.data.index.selection import describe_columns, hide_names, parse_condition, scrub_condition
 from medim.data.index.tables import TableFile
 from medim.data.index.walk import list_readable_files
 from medim.data.labels import count_labels, finding_names
@@ -102,6 +102,7 @@ class _IndexSummary(TypedDict):
     regions: NotRequired[list[str]]
     keep_names: NotRequired[bool]
     counts: NotRequired[dict[str, int]]
+    where: NotRequired[str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,8 @@ class Index:
         n_inspected: number of files opened to build the index; the others were unchanged since the last time.
         n_files: number of files of the source that may be images or masks; 0 if unknown.
         unidentified: number of images without a subject ID, and of the subjects guessed for them.
+        where: condition that the images satisfy, without texts that no image has; None for all images.
+        selection: sentences on the images that the condition leaves; empty for all images, or as read from a folder.
     """
 
     root: Path
@@ -137,6 +140,8 @@ class Index:
     n_inspected: int = field(default=0, repr=False, compare=False)
     n_files: int = field(default=0, repr=False, compare=False)
     unidentified: tuple[int, int] = field(default=(0, 0), repr=False, compare=False)
+    where: str | None = field(default=None, repr=False, compare=False)
+    selection: str = field(default="", repr=False, compare=False)
     _series: SeriesFiles = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -315,6 +320,7 @@ class Index:
             identity_parts=_find_identity_parts(root, source),
             keep_names=bool(summary.get("keep_names", version == _VERSION_WITH_NAMES)),
             n_files=counts.get("files", 0),
+            where=summary.get("where"),
             unidentified=(counts.get("images_without_subject_id", 0), counts.get("guessed_subjects", 0)),
         )
 
@@ -341,13 +347,33 @@ class Index:
             for record in self.records
             if record.image not in images
         )
+        scrubbed_where = scrub_condition(where, self.records)
+        n_subjects, n_all = (len({record.subject for record in part}) for part in (records, self.records))
+        selection = (
+            f"--where {scrubbed_where[:200]!r} leaves {len(records)} of {len(self.records)} images and {n_subjects} of "
+            f"{n_all} subjects. {describe_columns(self.records, where)}"
+        )
+        log.info("%s", selection)
         has_label_classes = self.classes == _list_labels(self.records)
         return replace(
             self,
             records=records,
             rejected=(*self.rejected, *others),
             classes=_list_labels(records) if has_label_classes else self.classes,
+            where=scrubbed_where if self.where is None else f"({self.where}) and ({scrubbed_where})",
+            selection=selection,
         )
+
+    @property
+    def public_where(self) -> str | None:
+        """Condition without values that identify images or subjects; None for all images or an invalid condition."""
+        with suppress(UsageError):
+            return hide_names(self.where) if self.where is not None else None
+        return None
+
+    def append_selection(self, message: str) -> str:
+        """Append the sentences on the images that `--where` leaves, if it was given, to a message."""
+        return f"{message} {self.selection}" if self.selection else message
 
     def log_unidentified(self) -> None:
         """Log that nothing identifies the subjects of images, or that they were guessed."""
@@ -392,6 +418,7 @@ class Index:
             "class_values": list(self.class_values),
             "ignore_value": self.ignore_value,
             "regions": list(self.regions),
+            "where": self.where,
             "hash": self.hash,
         }
 

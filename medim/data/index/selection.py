@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from medim.data.index.records import ImageRecord
+from medim.privacy import make_pseudonym
 from medim.types import UsageError
 
 Condition = Callable[[ImageRecord], bool]
@@ -33,6 +34,7 @@ _SIZES: dict[str, Callable[[ImageRecord, int], float]] = {  # columns of each ax
 _TEXT_COLUMNS = tuple(
     field.name for field in fields(ImageRecord) if field.name not in {"shape", "spacing", "affine", "field_strength"}
 )
+_NAMING_COLUMNS = ("image", "path", "subject", "session", "series", "mask")  # values identify images or subjects
 _NUMBER_COLUMNS = ("field_strength", *(f"{name}_{axis}" for name in _SIZES for axis in _AXIS_LETTERS))
 WHERE_COLUMNS = (*_TEXT_COLUMNS, *_NUMBER_COLUMNS)
 _MAX_COLUMN_VALUES = 8  # of a column in a message
@@ -41,10 +43,12 @@ _MAX_CONDITION_LENGTH, _MAX_NESTING = 2000, 20  # of a condition, and of its par
 
 @dataclass(frozen=True)
 class _Token:
-    """Part of a condition: a symbol, a comparison, a word or a quoted text."""
+    """Part of a condition: a symbol, a comparison, a word or a quoted text, with its place in the condition."""
 
     kind: str
     text: str
+    start: int
+    end: int
 
 
 def parse_condition(text: str) -> Condition:
@@ -79,6 +83,7 @@ class _ConditionParser:
         self._text = text
         self._tokens = self._split(text)
         self._position = self._depth = 0
+        self.texts: list[tuple[str, _Token]] = []  # values of text columns, with their columns
 
     def parse(self) -> Condition:
         """Parse the whole text."""
@@ -96,7 +101,7 @@ class _ConditionParser:
             if match is None:
                 raise self._error(f"expected words, numbers and quoted texts, got {text[position:].strip()[:20]!r}")
             kind = str(match.lastgroup)
-            tokens.append(_Token("text" if kind in {"double", "single"} else kind, match[kind]))
+            tokens.append(_Token("text" if kind in {"double", "single"} else kind, match[kind], position, match.end()))
             position = match.end()
         return tokens
 
@@ -165,6 +170,7 @@ class _ConditionParser:
         if token.kind == "word" and token.text.lower() == "none":
             return None
         if column in _TEXT_COLUMNS:
+            self.texts.append((column, token))
             return token.text.lower()
         try:
             number = float(token.text)
@@ -230,6 +236,47 @@ def _read_number(record: ImageRecord, column: str) -> float | None:
     name, _, axis = column.partition("_")
     number = _AXIS_LETTERS.index(axis)
     return _SIZES[name](record, number) if number < len(record.shape) else None
+
+
+def scrub_condition(text: str, records: Sequence[ImageRecord]) -> str:
+    """Replace texts that no image has by pseudonyms, because they may be names of people that an index hides.
+
+    Raises:
+        UsageError: the condition is invalid.
+    """
+
+    def scrub(column: str, token: _Token) -> str | None:
+        """Return the pseudonym of a text that no image has; None for other texts."""
+        if any(_matches(column, getattr(record, column), token.text.lower()) for record in records):
+            return None
+        return make_pseudonym(token.text)
+
+    return _replace_texts(text, scrub)
+
+
+def hide_names(text: str) -> str:
+    """Replace the values of columns that identify images or subjects, for files that leave the site.
+
+    Raises:
+        UsageError: the condition is invalid.
+
+    Examples:
+        >>> hide_names("sequence=T1w and subject!=s-0123")
+        'sequence=T1w and subject!=hidden'
+    """
+    return _replace_texts(text, lambda column, _: "hidden" if column in _NAMING_COLUMNS else None)
+
+
+def _replace_texts(text: str, replace: Callable[[str, _Token], str | None]) -> str:
+    """Replace values of text columns in a condition, if the function returns another text."""
+    parser = _ConditionParser(text)
+    parser.parse()
+    for column, token in reversed(parser.texts):
+        replacement = replace(column, token)
+        if replacement is not None:
+            start = token.end - len(text[token.start : token.end].lstrip())
+            text = text[:start] + replacement + text[token.end :]
+    return text
 
 
 def describe_columns(records: Sequence[ImageRecord], where: str) -> str:

@@ -82,6 +82,7 @@ class Cohort:
             provenance=Provenance(
                 config_hash=config.hash,
                 index_hash=self.index.hash,
+                where=self.index.public_where,
                 seed=seed,
                 split_seed=split_seed,
                 versions=collect_versions(),

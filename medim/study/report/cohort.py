@@ -58,7 +58,11 @@ def build_splits_section(study: StudyView) -> ReportSection:
             headline,
             "Training and evaluation share no subject and no image." if clean else note,
         ),
-        facts=[("Classes", format_value(counts["classes"])), ("Index", str(study.summary["index_hash"])[:12])],
+        facts=[
+            ("Classes", format_value(counts["classes"])),
+            ("Condition (--where)", study.summary.get("where") or "none"),
+            ("Index", str(study.summary["index_hash"])[:12]),
+        ],
         tables=[
             ReportTable("From files to images", ("", "Images"), flow),
             ReportTable("Splits", ("", "Images", "Subjects"), splits),

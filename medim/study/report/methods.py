@@ -100,6 +100,7 @@ def format_methods(study: StudyView, facts: dict[str, str | None]) -> str:
     parts = [
         "We compared networks initialised with the weights of {pretrained_arms} with the same network trained from "
         "random weights. The task was {task_name}.",
+        *(["Images were selected by the condition {where} (--where)."] if facts["where"] else []),
         "Of {found} files or series, {rejected} could not be used, and {unlabelled} had no label or mask for this "
         "task. The other images were split by subject into a training set ({train_images} images, {train_subjects} "
         "subjects) and an evaluation set ({val_images} images, {val_subjects} subjects). "
@@ -144,6 +145,7 @@ def collect_facts(study: StudyView) -> dict[str, str | None]:
         "split_seed": summary["split_seed"],
         "rejected_cases": summary.get("rejected_cases"),
         "index_hash": str(summary["index_hash"])[:12],
+        "where": summary.get("where"),
         "config_hash": summary["config_hash"],
         "medim": summary["versions"].get("medim"),
         "versions": summary["versions"],

@@ -208,6 +208,7 @@ def _prepare_run_folder(run: _FinetuneRun) -> tuple[Path | None, int]:
         run.config,
         seed=options.seed,
         split_seed=options.split_seed,
+        where=cohort.index.where,
         index_hash=cohort.index.hash,
         parent=run.spec.provenance.parent,
         labelled=options.labelled,
@@ -318,6 +319,7 @@ def _open_tracker(run: _FinetuneRun) -> Iterator[Tracker]:
         "labelled": options.labelled,
         "label_fraction": options.label_fraction,
         "n_labelled": len(run.data.train),
+        "where": run.data.cohort.index.public_where,
         "index_hash": run.data.cohort.index.hash,
         "metric_rule": METRIC_RULE,
     }
@@ -416,6 +418,7 @@ def _build_finetune_summary(
         "precision": str(module.trainer.precision),
         "config_hash": config.hash,
         "index_hash": cohort.index.hash,
+        "where": cohort.index.where,
         "versions": collect_versions(),
         "corrupt_checkpoints": list_corrupt_checkpoints(run.out / "checkpoints"),
         "train_val_duplicates": cohort.overlap,

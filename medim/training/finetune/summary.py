@@ -52,6 +52,7 @@ class FinetuneSummary(TypedDict):
     precision: str
     config_hash: str
     index_hash: str
+    where: str | None
     versions: dict[str, str]
     corrupt_checkpoints: list[str]
     train_val_duplicates: dict[str, int]

@@ -109,7 +109,7 @@ def pretrain(
         out, record = opened
         _check_subject_count(index, options, group)
         cohort = _open_run_cohort(index, config, options, group)
-        config = _fit_batch_size(config, cohort.records("train"), cohort.records("val"), group)
+        config = _fit_batch_size(config, cohort, group)
         checkpoint, start_step = _prepare_run_folder(config, cohort, out, options, group)
         finished = group.broadcast(read_finished_summary(out, record) if options.resume and group.is_main else None)
         if finished is not None:
@@ -155,13 +155,15 @@ def _check_subject_count(index: Index, options: PretrainOptions, group: ProcessG
     splits = assign_splits(index, seed=options.split_seed)
     n_train = len({record.subject for record in index.records if splits[record.image] == "train"})
     if n_train < max(2, group.count):
-        raise _build_subject_error(n_train, len({record.subject for record in index.records}), group)
+        raise _build_subject_error(n_train, len({record.subject for record in index.records}), group, index)
 
 
-def _build_subject_error(n_train: int, n_subjects: int, group: ProcessGroup) -> UserError:
+def _build_subject_error(n_train: int, n_subjects: int, group: ProcessGroup, index: Index) -> UserError:
     return UserError(
-        f"pretraining: expected at least {max(2, group.count)} subjects to train on, got {n_train} of {n_subjects} in "
-        "all. Add images of other patients, or check the subjects of the images (--subjects)."
+        index.append_selection(
+            f"pretraining: expected at least {max(2, group.count)} subjects to train on, got {n_train} of {n_subjects} "
+            "in all. Add images of other patients, or check the subjects of the images (--subjects)."
+        )
     )
 
 
@@ -192,7 +194,7 @@ def _prepare_run_folder(
     with group.main_process_first():
         if group.is_main:
             train = cohort.records("train")
-            write_config(out, config, **options.seeds, index_hash=cohort.index.hash)
+            write_config(out, config, **options.seeds, where=cohort.index.where, index_hash=cohort.index.hash)
             write_rejections(out / REJECTIONS_FILE, (*cohort.index.rejected, *cohort.rejections))
             write_splits(out / "split.csv", cohort.index, cohort.splits, train, seed=options.seed)
             checkpoint = find_newest_checkpoint(out / "checkpoints") if options.resume else checkpoint
@@ -228,7 +230,7 @@ def _open_tracker(run: _PretrainRun) -> Iterator[Tracker | None]:
     if not run.group.is_main:
         yield None
         return
-    inputs = {**run.options.seeds, "index_hash": run.cohort.index.hash}
+    inputs = {**run.options.seeds, "where": run.cohort.index.public_where, "index_hash": run.cohort.index.hash}
     with track_run("pretrain", run.config, run.out, inputs=inputs) as tracker:
         yield tracker
 
@@ -395,12 +397,10 @@ def _build_module(config: PretrainConfig, spec: ModelSpec, seed: int, group: Pro
     )
 
 
-def _fit_batch_size(
-    config: PretrainConfig, train: tuple[ImageRecord, ...], val: tuple[ImageRecord, ...], group: ProcessGroup
-) -> PretrainConfig:
-    n_train, n_val = (len({r.subject for r in records}) for records in (train, val))
+def _fit_batch_size(config: PretrainConfig, cohort: Cohort, group: ProcessGroup) -> PretrainConfig:
+    n_train, n_val = (len({r.subject for r in cohort.records(part)}) for part in ("train", "val"))
     if n_train < max(2, group.count):
-        raise _build_subject_error(n_train, n_train + n_val, group)
+        raise _build_subject_error(n_train, n_train + n_val, group, cohort.index)
     if n_val < 2:
         log.warning("validation subjects: %d; without at least 2, there are no validation losses and no verdict", n_val)
     if n_train < config.batch_size:

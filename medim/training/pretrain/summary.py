@@ -64,6 +64,7 @@ def build_pretrain_summary(
         "precision": str(trainer.precision),
         "config_hash": config.hash,
         "index_hash": cohort.index.hash,
+        "where": cohort.index.where,
         "train_val_duplicates": cohort.overlap,
         "versions": collect_versions(),
     }

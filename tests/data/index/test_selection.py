@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from medim.cli import app
 from medim.cli.sources import read_source
 from medim.data.index.index import Index, build_index
 from medim.data.index.records import ImageRecord
-from medim.data.index.selection import parse_condition
+from medim.data.index.selection import hide_names, parse_condition, scrub_condition
 from medim.data.loading.source_summary import describe_source, warn_mixed_sizes
 from medim.types import UsageError, UserError
 from tests.data.synthetic import noise, write_nifti
@@ -104,6 +105,18 @@ def test_an_invalid_condition_is_wrong_usage_and_the_problem_is_named(text: str,
         parse_condition(text)
 
 
+def test_a_recorded_condition_has_no_name_that_the_index_hides() -> None:
+    text = "path!=*zzyzx* and subject in (s-0123456789ab, 'Zzyzx Quillon') and label=01 and fov_x>3 or label=label"
+    recorded = scrub_condition(text, [RECORD])
+    assert re.fullmatch(
+        r"path!=s-\w{12} and subject in \(s-0123456789ab, s-\w{12}\) and label=01 and fov_x>3 or label=s-\w{12}",
+        recorded,
+    )
+    assert parse_condition(recorded)(RECORD) is parse_condition(text)(RECORD)
+    expected = "path!=hidden and subject in (hidden, hidden) and label=01 and fov_x>3 or label=label"
+    assert hide_names(text) == expected
+
+
 def test_images_that_are_not_selected_are_counted_and_classes_follow(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,6 +139,13 @@ def test_images_that_are_not_selected_are_counted_and_classes_follow(
     assert selected.classes == ("crop",)
     assert selected.hash != index.hash
     assert describe_source(selected)["left out"] == "not-selected 1"
+    assert "leaves 2 of 3 images and 2 of 3 subjects. Values in the index: fov_x: 40 to 240" in selected.selection
+    assert selected.append_selection("Too few.") == f"Too few. {selected.selection}"
+    assert index.append_selection("Too few.") == "Too few."
+    selected.write(tmp_path / "i")
+    read_index = Index.read(tmp_path / "i")
+    assert (index.where, selected.where, read_index.where) == (None, *["fov_x<140 and sequence=t1w"] * 2)
+    assert read_index.select("shape_x=8").where == "(fov_x<140 and sequence=t1w) and (shape_x=8)"
     with pytest.raises(UserError, match=r"none of 3 images satisfies .* sequence: T1w 2, T2w 1; fov_x: 40 to 240"):
         index.select("sequence=FLAIR and fov_x>1")
 

@@ -20,8 +20,10 @@ from medim.config import PretrainConfig, ViewsConfig
 from medim.data.contamination import load_training_history
 from medim.data.fingerprints import compute_fingerprint
 from medim.data.index.index import Index
+from medim.data.loading.cohort import open_cohort
 from medim.data.loading.splits import assign_splits
-from medim.files import file_sha256, read_json
+from medim.files import file_sha256, read_json, write_json
+from medim.model_spec import Provenance
 from medim.models.serialization import save_model
 from medim.objectives.coordinates import compute_offset_entropy
 from medim.objectives.score_map import load_score_map
@@ -334,6 +336,18 @@ def test_resume_with_another_configuration_is_refused(
     other = pretrain_config.model_copy(update={"lr": 0.5})
     with pytest.raises(UserError, match="needs the same configuration"):
         pretrain(other, cohort_index, undisturbed, resume=True)
+    selected = cohort_index.select("shape_x>0 and subject!=Zzyzx")
+    with pytest.raises(UserError, match=r"the run had where None \(now shape_x>0 and subject!=s-"):
+        pretrain(pretrain_config, selected, undisturbed, resume=True)
+    inputs = read_json(undisturbed / "inputs.json")
+    del inputs["where"]  # as of an earlier version
+    write_json(undisturbed / "inputs.json", inputs)
+    assert pretrain(pretrain_config, selected, undisturbed, resume=True)["where"] == selected.where
+    steps, store = pretrain_config.preprocessing, undisturbed.parent / "store"
+    cohort = open_cohort(selected, selected.records, steps, split_seed=0, store=store)
+    spec = cohort.build_spec(pretrain_config, seed=0, split_seed=0)
+    assert spec.provenance.where == "shape_x>0 and subject!=hidden"
+    assert Provenance.from_json(spec.provenance.to_json()) == spec.provenance
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(
