@@ -95,7 +95,7 @@ def test_nothing_that_medim_writes_or_says_tells_who_when_or_where(
     classify = finetune_config.model_copy(update={**head, "inference": {"mode": "whole"}})
     (out / "finetune.yaml").write_text(dump_config(classify))
     labels, series = str(tmp_path / "labels.csv"), str(next(hospital.glob("*/*/*")))
-    data, told = ["--data", str(hospital), "--labels", labels], ""
+    data, told = ["--data", str(hospital), "--labels", labels, "--where", f"subject!={WORD}0 and path!=*Quillon*"], ""
     assert all(
         trace in b"".join(list_texts(next(hospital.rglob("*.dcm")))).lower() for trace in TRACES if b"-" not in trace
     )

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from medim.data.index.selection import hide_names
 from medim.export import onnx
 from medim.export.card_answers import check_card_text, read_card_answers
 from medim.export.run import ExportGraph, FinishedRun
@@ -189,18 +190,30 @@ def _describe_ood_statistics(run: FinishedRun) -> OODStatistics | None:
 def _check_provenance(content: Mapping[str, Any]) -> dict[str, Any]:
     """Check that the provenance contains only hashes, versions and numbers, because free text could identify a person.
 
+    The condition of `--where` is allowed without names of images and subjects.
+
     Raises:
         UserError: a value is free text.
     """
     for key, value in content.items():
         if isinstance(value, Mapping):
             _check_provenance(value)
+        elif key == "where" and _is_public_condition(value):
+            continue
         elif not PROVENANCE_VALUE.fullmatch(str(value)):
             raise UserError(
                 f"provenance.{key}: expected a hash, version or number, got {value!r}. "
                 "Free text is not exported, because it could contain private data."
             )
     return dict(content)
+
+
+def _is_public_condition(value: object) -> bool:
+    """Whether a value is a valid condition without names of images and subjects."""
+    try:
+        return isinstance(value, str) and hide_names(value) == value
+    except UsageError:
+        return False
 
 
 def _select_numbers(content: Any) -> dict[str, Any]:

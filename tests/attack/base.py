@@ -85,6 +85,8 @@ def build_base(folder: Path, *, full: bool) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     make_pictures(folder / "png", N_PICTURES)
+    rows = [f"picture{number:02d}.png,{number // 2}" for number in range(N_PICTURES)]
+    (folder / "png" / "subjects.csv").write_text("\n".join(["image,subject", *rows, ""]))
     (folder / "pre.yaml").write_text(PRETRAIN_CONFIG)
     (folder / "fine.yaml").write_text(FINETUNE_CONFIG)
     write_nifti(folder / "scan.nii.gz", noise(16, 24, 16))

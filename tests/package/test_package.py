@@ -404,6 +404,9 @@ def test_a_path_in_the_spec_stops_the_export(tmp_path: Path) -> None:
     leaky = make_run(tmp_path / "run", "classifier", notes=f"/home/{PLANTED}/scans")
     with pytest.raises(UserError, match="no path, user or host name"):
         export(leaky, tmp_path / "out" / "package")
+    named = make_run(tmp_path / "named", "classifier", provenance={"where": f"subject!={PLANTED}"})
+    with pytest.raises(UserError, match=r"provenance\.where"):
+        export(named, tmp_path / "package-named")
     told = make_run(tmp_path / "told", "classifier", provenance={"parent": f"/data/{PLANTED}"})
     with pytest.raises(UserError, match=r"provenance\.parent"):
         export(told, tmp_path / "out" / "package")
