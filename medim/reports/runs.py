@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def build_pretraining_section(folder: Path, anchor: str) -> ReportSection:
         ],
         figures=[*(figures.loss_curve(curve) for curve in curves), *plot_health(folder / "history.csv")],
         details=[
-            *_methods_details(describe_pretraining(_read_config(folder), summary)),
+            *_methods_details(_describe_run(describe_pretraining, folder, summary)),
             *_config_details(folder),
             _list_values(summary),
         ],
@@ -137,7 +137,7 @@ def build_finetuning_section(folder: Path, anchor: str) -> ReportSection:
         tables=[metric_table(metrics, "Validation split", INTERVALS_NOTE)] if metrics else [],
         figures=plots,
         details=[
-            *_methods_details(describe_finetuning(_read_config(folder), summary)),
+            *_methods_details(_describe_run(describe_finetuning, folder, summary)),
             *_config_details(folder),
             _list_values(summary),
         ],
@@ -342,6 +342,24 @@ def _describe_data(folder: Path, index_hash: object, counts: str = "") -> str:
     modality = MODALITY_TEXTS.get(str(_read_config(folder).get("modality")), "")
     index = f"index {index_hash[:12]}" if isinstance(index_hash, str) else ""
     return "; ".join(filter(None, (modality, counts, index))) or NOT_REPORTED
+
+
+def _describe_run(
+    describe: Callable[[Mapping[str, Any], Mapping[str, Any]], str], folder: Path, summary: Mapping[str, Any]
+) -> str:
+    """Describe the methods of a run, and the condition that selected its images.
+
+    Raises:
+        UserError: the configuration is damaged.
+    """
+    try:
+        text = describe(_read_config(folder), summary)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'config.yaml'}: expected the configuration of a run, got other values. Copy it again."
+        ) from error
+    where = summary.get("where")
+    return f"{text} Images were selected by the condition {where} (--where)." if text and where else text
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

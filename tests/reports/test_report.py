@@ -308,6 +308,13 @@ def test_a_page_has_a_methods_paragraph_for_a_paper(tmp_path: Path, kind: str, p
     block = re.search(r"<summary>Methods paragraph for a paper</summary>\s*<pre>(.*?)</pre>", page, flags=re.DOTALL)
     assert block
     assert block[1] == METHODS[kind]
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"where": "fov_x<140"}))
+    page = unescape(write_report_page(run).read_text())
+    assert f"{METHODS[kind]} Images were selected by the condition fov_x<140 (--where).</pre>" in page
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json") | {"decoder": 1e300}))
+    with pytest.raises(UserError, match=r"config\.yaml: expected the configuration of a run"):
+        write_report_page(run)
 
 
 @pytest.mark.parametrize("verdict", get_args(TrainingVerdict))
