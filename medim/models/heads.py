@@ -249,8 +249,7 @@ class SegmentationHead(nn.Module):
     ) -> None:
         super().__init__()
         self.conv: Any = build_pointwise_conv(spatial_dims, channels[0], out_channels)
-        self._dice = DiceLoss(to_onehot_y=True, softmax=True, batch=dice == "batch", include_background=False)
-        self._masked_dice = DiceLoss(batch=dice == "batch", include_background=False)  # of probabilities
+        self._dice = DiceLoss(batch=dice == "batch", include_background=False)
         self.register_buffer("_class_weights", to_weights(class_weights, out_channels), persistent=False)
         self._focal_gamma = focal_gamma
 
@@ -265,26 +264,13 @@ class SegmentationHead(nn.Module):
             logits: (N, out_channels, ...).
             target: class indices (N, ...); voxels of `IGNORE_INDEX` count in neither part.
         """
-        wide_logits, mask = logits.float(), target.unsqueeze(1)
+        logits, target = logits.float(), target.unsqueeze(1).long()
         weights: Any = self._class_weights
-        is_ignored = mask == IGNORE_INDEX
-        if bool(is_ignored.any()):
-            return self._masked_loss(wide_logits, mask, ~is_ignored)
-        dice: torch.Tensor = self._dice(wide_logits, mask)
-        if weights is None and not self._focal_gamma:
-            return dice + mask_cross_entropy(wide_logits, mask)
-        return dice + focal_cross_entropy(wide_logits, mask, weights, self._focal_gamma)
-
-    def _masked_loss(self, logits: torch.Tensor, mask: torch.Tensor, is_labelled: torch.Tensor) -> torch.Tensor:
-        """The loss over the voxels with a label: logits (N, K, ...), mask and is_labelled (N, 1, ...)."""
-        weights: Any = self._class_weights
-        indices = mask.masked_fill(~is_labelled, 0).long()
-        truth = torch.zeros_like(logits).scatter_(1, indices, 1.0) * is_labelled
-        dice: torch.Tensor = self._masked_dice(logits.softmax(dim=1) * is_labelled, truth)
-        voxel_logits = logits.movedim(1, -1)[is_labelled[:, 0]]  # (voxels, K)
-        if not len(voxel_logits):
-            return dice * 0.0
-        return dice + focal_cross_entropy(voxel_logits, mask[is_labelled].unsqueeze(1), weights, self._focal_gamma)
+        is_labelled = target != IGNORE_INDEX
+        classes = target.where(is_labelled, 0)
+        truth = torch.zeros_like(logits).scatter_(1, classes, 1.0)
+        dice: torch.Tensor = self._dice(logits.softmax(dim=1) * is_labelled, truth * is_labelled)
+        return dice + focal_cross_entropy(logits, classes, weights, self._focal_gamma, is_labelled)
 
     def inputs(self, features: Features) -> torch.Tensor:
         """The decoded map (N, channels, ...)."""
@@ -298,35 +284,25 @@ class SegmentationHead(nn.Module):
         self.conv.bias.copy_(probe.bias - weight @ probe.mean)
 
 
-def mask_cross_entropy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the voxels of masks, in nats.
-
-    `torch.nn.functional.cross_entropy` has no deterministic implementation for masks on CUDA.
-
-    Args:
-        logits: (N, K, ...).
-        mask: class indices (N, 1, ...), 0 to K - 1.
-
-    Examples:
-        >>> round(mask_cross_entropy(torch.zeros(1, 2, 3, 3), torch.ones(1, 1, 3, 3)).item(), 4)  # log 2
-        0.6931
-    """
-    return -logits.log_softmax(dim=1).gather(1, mask.long()).mean()
-
-
 def focal_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None, gamma: float
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None,
+    gamma: float,
+    is_labelled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted mean of (1 - p)^gamma * -log(p) over images or voxels, p being the probability of the true class.
 
-    The mean is over the weights of the true classes, as in `torch.nn.functional.cross_entropy`. `FocalLoss` of MONAI
-    divides by the number of classes instead, and its gradient at p = 1 is NaN for a gamma below 1.
+    The mean is over the weights of the true classes, as in `torch.nn.functional.cross_entropy`, which has no
+    deterministic implementation for masks on CUDA. `FocalLoss` of MONAI divides by the number of classes instead, and
+    its gradient at p = 1 is NaN for a gamma below 1.
 
     Args:
         logits: (N, K) or (N, K, ...).
         target: class indices (N, 1) or (N, 1, ...), 0 to K - 1.
         weights: (K,), above 0; None: equal ones.
         gamma: 0 or more; 0 is the cross-entropy.
+        is_labelled: bool, (N, 1) or (N, 1, ...); the others do not count, and without any the mean is 0. None: all.
 
     Examples:
         >>> round(focal_cross_entropy(torch.zeros(1, 2), torch.ones(1, 1), None, 1.0).item(), 4)  # log(2) / 2
@@ -337,10 +313,10 @@ def focal_cross_entropy(
     costs = -log_probabilities
     if gamma:
         costs = (-torch.expm1(log_probabilities)).clamp_min(_MIN_ERROR) ** gamma * costs
-    if weights is None:
-        return costs.mean()
-    target_weights = weights[target]
-    return (target_weights * costs).sum() / target_weights.sum()
+    target_weights = torch.ones_like(costs) if weights is None else weights[target]
+    if is_labelled is not None:
+        target_weights = target_weights * is_labelled
+    return (target_weights * costs).sum() / target_weights.sum().clamp_min(torch.finfo(costs.dtype).tiny)
 
 
 def to_weights(class_weights: ClassWeights, out_channels: int) -> torch.Tensor | None:

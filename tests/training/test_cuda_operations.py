@@ -240,7 +240,8 @@ def test_every_head_runs_on_cuda(name: str, options: dict[str, Any], dims: int) 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_cross_entropy_of_pytorch_on_masks_is_found(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "mask_cross_entropy", lambda logits, mask: functional.cross_entropy(logits, mask[:, 0]))
+    plain = functional.cross_entropy
+    monkeypatch.setattr(heads, "focal_cross_entropy", lambda logits, mask, *_: plain(logits, mask[:, 0]))
     head = build_head("segmentation", dims)
     assert find_forbidden(record(lambda: compute_head_loss(head, "segmentation", dims))) == [
         "nll_loss2d_backward.default (torch.nn.NLLLoss)",
@@ -249,7 +250,8 @@ def test_the_cross_entropy_of_pytorch_on_masks_is_found(dims: int, monkeypatch: 
 
 
 def test_the_fault_is_found_in_a_whole_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "mask_cross_entropy", lambda logits, mask: functional.cross_entropy(logits, mask[:, 0]))
+    plain = functional.cross_entropy
+    monkeypatch.setattr(heads, "focal_cross_entropy", lambda logits, mask, *_: plain(logits, mask[:, 0]))
     found = find_forbidden(take_step.__wrapped__("finetune mri-demo-segmentation").operations)
     assert len(found) == 2
 
@@ -275,7 +277,8 @@ def test_the_cross_entropy_of_masks_is_that_of_pytorch(dims: int) -> None:
         for _ in range(2)
     ]
     mask = torch.randint(0, 3, (2, *[5] * dims), generator=torch.Generator().manual_seed(1))
-    found, expected = heads.mask_cross_entropy(logits[0], mask[:, None]), functional.cross_entropy(logits[1], mask)
+    found = heads.focal_cross_entropy(logits[0], mask[:, None], None, 0.0)
+    expected = functional.cross_entropy(logits[1], mask)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     found.backward()
     expected.backward()
