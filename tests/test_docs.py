@@ -76,8 +76,9 @@ def pages() -> list[object]:
 
 
 def row_labels(output: str) -> set[str]:
-    """The labels of the rows of a command's output: the text before two spaces."""
-    return {match[1] for match in re.finditer(r"^(\S.*?) {2,}\S", output, re.MULTILINE)}
+    """The labels of the rows of a command's output: the text before two spaces; pseudonyms depend on the site key."""
+    rows = re.finditer(r"^(\S.*?) {2,}\S", output, re.MULTILINE)
+    return {re.sub(r"^p-[0-9a-f]{12}$", "pseudonym", match[1]) for match in rows}
 
 
 def shown_labels(text: str) -> set[str]:
