@@ -2,10 +2,10 @@
 
 Three encoders are pretrained without labels. For each label budget and five label subsets, they are fine-tuned, and the
 same network is trained from scratch with the same schedule. Linear probes of the frozen encoders are compared with
-probes of an untrained encoder and of the pixels, on the same labels. All metrics are of the validation split. Finished
-runs are kept, so the study can be interrupted and restarted.
+probes of an untrained encoder and of the pixels, on the same labels. All metrics are of the validation split, which has
+no child of the training split only with `--keys` (folder of subjects.csv and resplit.csv). Finished runs are kept.
 
-    python pipelines/xray_pneumonia.py --data pneumoniamnist.npz --out studies/xray --page docs/results.md
+    python pipelines/xray_pneumonia.py --data pneumoniamnist.npz --keys keys --out studies/xray --page docs/results.md
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def main() -> None:
     """Run all missing runs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--keys", type=Path, help="folder of subjects.csv and resplit.csv")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--only-run", action="store_true", help="do not write the page")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    index, out, store = build_index(arguments.data, "xray", keep_names=True), arguments.out, arguments.out / "store"
-    settings = load_config("pretrain", "xray-28", ["checkpoint_selection=probe"])  # as for the published figures
+    subjects, split = (arguments.keys and arguments.keys / name for name in ("subjects.csv", "resplit.csv"))
+    index, out = build_index(arguments.data, "xray", subjects=subjects, labels=split, keep_names=True), arguments.out
+    store, settings = out / "store", load_config("pretrain", "xray-28")
     schedules = {
         arm: load_config("finetune", "xray-28-classification", [f"head_init={head}"]) for arm, head in HEADS.items()
     }
