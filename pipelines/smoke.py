@@ -69,7 +69,7 @@ def main() -> None:
     results = {arm: evaluate(out / run, index, out / f"evaluate-{run}", again) for arm, run in arms.items()}
     report_part("evaluate", None)
     package = report_part("export", export(out / "finetune", out / "package", ExportOptions(overwrite=True)))
-    report_part("predict", predict(package, [series / "dicom" / "EX-001_1"], out / "prediction", overwrite=True))
+    report_part("predict", predict(package, [series / "dicom" / "scan-501"], out / "prediction", overwrite=True))
     page = report_part("report", write_report_page(out))
     write_json(out / "seconds.json", seconds)
 

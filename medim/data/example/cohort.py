@@ -79,7 +79,8 @@ def make_example(
 
     `out/nifti` has the Medical Segmentation Decathlon layout (`dataset.json`, `imagesTr/`, `labelsTr/`), `out/dicom`
     one folder of MR Image Storage slices per scan. Both contain `subjects.csv` (image, subject) and `labels.csv`
-    (image, label), with the file name or the series folder as `image`.
+    (image, label), with the file name or the series folder as `image`. The folders are `scan-501` onwards, in the
+    order of the files: names with a patient ID are replaced by pseudonyms in an index, which then has another order.
 
     Args:
         out: a new or empty folder.
@@ -112,7 +113,7 @@ def make_example(
                 if "dicom" in formats:
                     from medim.data.example.dicom import write_dicom_series
 
-                    write_dicom_series(scan, folder / "dicom" / scan.name, seed=seed)
+                    write_dicom_series(scan, folder / "dicom" / _name_series(done), seed=seed)
                 rows.append((scan.name, scan.subject, scan.label))
                 if progress is not None:
                     progress(done, total)
@@ -139,6 +140,11 @@ def _check_example_arguments(subjects: int, spacing: float, formats: Sequence[st
         )
 
 
+def _name_series(number: int) -> str:
+    """Name the folder of the n-th scan by a number that is in no patient ID of up to 500 subjects."""
+    return f"scan-{500 + number}"
+
+
 def _write_scan_nifti(scan: ExampleScan, folder: Path) -> None:
     import nibabel
 
@@ -158,7 +164,8 @@ def _write_metadata(staging: Path, rows: Sequence[tuple[str, str, str]], formats
         _write_cohort_tables(staging / "nifti", rows, suffix=".nii.gz")
         _write_dataset_json(staging / "nifti", [name for name, _, _ in rows])
     if "dicom" in formats:
-        _write_cohort_tables(staging / "dicom", rows, suffix="")
+        series_rows = [(_name_series(number), *row[1:]) for number, row in enumerate(rows, start=1)]
+        _write_cohort_tables(staging / "dicom", series_rows, suffix="")
 
 
 def _write_cohort_tables(folder: Path, rows: Sequence[tuple[str, str, str]], *, suffix: str) -> None:

@@ -14,6 +14,8 @@ from scipy import ndimage
 
 from medim.data.example import brain
 from medim.data.example.cohort import ExampleFormat, make_example, plan_cohort, simulate_scans
+from medim.data.index.index import build_index
+from medim.data.loading.splits import assign_splits
 from medim.files import file_sha256, read_json
 from medim.types import Array, UsageError, UserError
 
@@ -76,8 +78,12 @@ def central_csf(tissue: Array, affine: Array) -> float:
     return float(inside.sum() * abs(np.linalg.det(affine)) / 1000)
 
 
+def series_folder(cohort: Path, name: str) -> Path:
+    return cohort / "dicom" / f"scan-{names(cohort).index(name) + 501}"
+
+
 def series(cohort: Path, name: str) -> list[Any]:
-    return [pydicom.dcmread(path) for path in sorted((cohort / "dicom" / name).glob("*.dcm"))]
+    return [pydicom.dcmread(path) for path in sorted(series_folder(cohort, name).glob("*.dcm"))]
 
 
 @pytest.mark.slow
@@ -125,11 +131,22 @@ def test_the_msd_layout_lists_every_scan_with_its_label_subject_and_class(cohort
     for name, entry in zip(expected, content["training"], strict=True):
         assert entry == {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
         assert (cohort / "nifti" / entry["label"]).is_file()
-    for folder, suffix in (("nifti", ".nii.gz"), ("dicom", "")):
-        assert table(cohort / folder / "subjects.csv") == {n + suffix: n.split("_")[0] for n in expected}
-        classes = table(cohort / folder / "labels.csv")
-        enlarged = {f"EX-{i:03d}" for i, (enlarged, _) in enumerate(plan_cohort(SUBJECTS, seed=0), 1) if enlarged}
-        assert classes == {n + suffix: "enlarged" if n.split("_")[0] in enlarged else "normal" for n in expected}
+    enlarged = {f"EX-{i:03d}" for i, (enlarged, _) in enumerate(plan_cohort(SUBJECTS, seed=0), 1) if enlarged}
+    for folder in ("nifti", "dicom"):
+        keys = {n: f"{n}.nii.gz" if folder == "nifti" else series_folder(cohort, n).name for n in expected}
+        assert table(cohort / folder / "subjects.csv") == {keys[n]: n.split("_")[0] for n in expected}
+        classes = {keys[n]: "enlarged" if n.split("_")[0] in enlarged else "normal" for n in expected}
+        assert table(cohort / folder / "labels.csv") == classes
+
+
+def test_both_formats_have_the_same_split_whatever_the_site_key(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So an encoder of one format has not been trained on the validation images of the other."""
+    for key in ("1" * 64, "2" * 64):
+        monkeypatch.setenv("MEDIM_SITE_KEY", key)
+        indexes = [build_index(cohort / folder, "mri") for folder in ("nifti", "dicom")]
+        splits = [[assign_splits(index)[record.image] for record in index.records] for index in indexes]
+        assert splits[0] == splits[1]
+        assert indexes[0].records[0].subject == indexes[1].records[0].subject
 
 
 def test_images_are_positive_and_tissues_lie_on_their_grid(cohort: Path) -> None:
@@ -234,7 +251,7 @@ def test_the_dicom_series_is_the_nifti_volume(cohort: Path, name: str) -> None:
 def test_simpleitk_reads_the_same_volume_from_both_formats(cohort: Path) -> None:
     sitk: Any = pytest.importorskip("SimpleITK")
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(cohort / "dicom" / "EX-003_1")))
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series_folder(cohort, "EX-003_1"))))
     dicom = reader.Execute()
     other = sitk.ReadImage(str(cohort / "nifti" / "imagesTr" / "EX-003_1.nii.gz"))
     other = sitk.DICOMOrient(other, "LPS")
@@ -262,7 +279,7 @@ def test_dciodvfy_finds_no_error_in_the_dicom_files(cohort: Path, tmp_path: Path
     make_example(tmp_path / "odd", subjects=1, spacing=20 / 3, formats=["dicom"])  # numbers that do not end
     paths = sorted((tmp_path / "odd").rglob("*.dcm"))[::7]
     for name in names(cohort):
-        paths += sorted((cohort / "dicom" / name).glob("*.dcm"))[::15]
+        paths += sorted(series_folder(cohort, name).glob("*.dcm"))[::15]
     assert len(paths) > 5
     for path in paths:
         report = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
