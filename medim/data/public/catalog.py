@@ -131,7 +131,7 @@ PUBLIC_SETS: dict[str, PublicSet] = {
     "pneumoniamnist_224": _build_pneumonia_set(
         "pneumoniamnist_224", 224, "d6a3c71de1b945ea11211b03746c1fe1", 214_384_716
     ),
-    "chestmnist": _build_chest_set("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8", 82_802_576),
+    "chestmnist": _build_chest_set("chestmnist", 28, "02c8a6516a18b556561a56cbdd36c4a8"),
     "chestmnist_64": _build_chest_set("chestmnist_64", 64, "9de6cd0b934ebb5b7426cfba5efbae16", 401_604_127),
     "chestmnist_128": _build_chest_set("chestmnist_128", 128, "db107e5590b27930b62dbaf558aebee3"),
     "chestmnist_224": _build_chest_set("chestmnist_224", 224, "45bd33e6f06c3e8cdb481c74a89152aa", 3_889_293_042),

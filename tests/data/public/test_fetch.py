@@ -420,6 +420,7 @@ def test_the_list_of_sets_is_a_table_with_sizes_and_purposes() -> None:
     cells = [cell.strip() for cell in rows["chestmnist_224"] if cell]
     assert cells[1:6] == ["xray", "112,120", "3,889 MB", "CC BY 4.0", "classification, 14 findings per image"]
     assert [name for name, row in rows.items() if "unknown" in [cell.strip() for cell in row]] == [
+        "chestmnist",
         "chestmnist_128",
         "Task02_Heart",
         "QIN-PROSTATE-Repeatability",
