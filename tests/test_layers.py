@@ -39,6 +39,7 @@ DATA = frozenset(
         "data/parallel",
         "data/fingerprints",
         "data/preprocessing",
+        "data/lookalikes",
         "data/readers",
     }
 )
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {  # a folder or a module: those it may 
     "data/memory": GROUND,
     "data/parallel": GROUND,
     "data/fingerprints": GROUND,
+    "data/lookalikes": GROUND | {"data/preprocessing"},
     "data/preprocessing": GROUND,
     "data/readers": GROUND | {"data/labels", "data/memory", "data/preprocessing"},
     "doctor": frozenset({"version", "data/readers"}),

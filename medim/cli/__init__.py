@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from medim.cli.audit import audit
 from medim.cli.data import example, fetch, index, locate, preprocess
 from medim.cli.evaluation import evaluate, probe, report, study
 from medim.cli.package import embed, export, predict, verify
@@ -125,6 +126,7 @@ for command in (
     example,
     fetch,
     index,
+    audit,
     locate,
     preprocess,
     plan,

@@ -225,6 +225,7 @@ class PredictionEntry(TypedDict):
     auroc: MetricEstimate
     balanced_accuracy: MetricEstimate
     chance: dict[str, float]
+    p_value: NotRequired[float]
     above_chance: bool
     classifier: str
 

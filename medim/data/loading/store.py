@@ -352,14 +352,14 @@ def _process_records(
         except UsageError:
             raise
         except Exception as error:  # decoders raise many exception types, and one file must not stop the others
-            yield record.image, _build_rejection(record, error)
+            yield record.image, build_rejection(record, error)
             continue
         if content is not None:
             store.put(key, *content)
         yield record.image, key
 
 
-def _build_rejection(record: ImageRecord, error: Exception) -> Rejection:
+def build_rejection(record: ImageRecord, error: Exception) -> Rejection:
     """Build a rejection: code and detail of a reader, else only the error type, as messages may contain paths."""
     if isinstance(error, ReadError):
         return Rejection(record.path, error.reason, error.detail)

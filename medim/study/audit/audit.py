@@ -7,7 +7,6 @@ to `audit.json` (`docs/reference/files.md`); `docs/concepts/shortcuts.md` explai
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,8 @@ from medim.study.audit.groups import (
 from medim.study.audit.shortcuts import (
     PredictionResult,
     Shortcut,
-    TrainTestSplit,
+    build_train_test_split,
+    describe_class_shortage,
     input_intensity,
     input_size,
     measure_padding,
@@ -166,8 +166,8 @@ def _measure_shortcuts(
 ) -> tuple[Shortcut, ...]:
     records = [record for record in (*train, *val) if record.label is not None]
     train_count = sum(record.label is not None for record in train)
-    split = _build_train_test_split({r.image: str(r.label) for r in records}, cohort.index.labels, records, train_count)
-    shortage = _describe_class_shortage(split, cohort.index.labels)
+    split = build_train_test_split({r.image: str(r.label) for r in records}, cohort.index.labels, records, train_count)
+    shortage = describe_class_shortage(split, cohort.index.labels)
     if shortage:
         notes.append(f"shortcuts: not computed, {shortage}")
         return ()
@@ -214,7 +214,7 @@ def _probe_groups(
         for column, (values, usable, too_small) in eligible.items():
             mask = np.array([values.get(record.image) in usable for record in records])
             group_records = [record for record, in_group in zip(records, mask, strict=True) if in_group]
-            split = _build_train_test_split(values, usable, group_records, int(mask[: len(train)].sum()))
+            split = build_train_test_split(values, usable, group_records, int(mask[: len(train)].sum()))
             yield GroupProbe(
                 column=column,
                 features=name,
@@ -243,25 +243,6 @@ def _iter_features(
 
 def _load_volumes(cohort: Cohort, records: Sequence[ImageRecord]) -> Iterator[Volume]:
     return (cohort.store.load_volume(cohort.keys[record.image]) for record in records)
-
-
-def _build_train_test_split(
-    values: Mapping[str, str], names: Sequence[str], records: Sequence[ImageRecord], train_count: int
-) -> TrainTestSplit:
-    labels = np.array([list(names).index(values[record.image]) for record in records], dtype=np.intp)
-    return TrainTestSplit(labels, np.arange(len(records)) < train_count, [record.subject for record in records])
-
-
-def _describe_class_shortage(split: TrainTestSplit, names: Sequence[str]) -> str:
-    """Describe the lack of subjects that makes training or evaluation impossible; empty if there is none."""
-    for part, mask in (("training", split.train), ("evaluation", ~split.train)):
-        pairs = {(label, s) for label, s, in_part in zip(split.labels, split.subjects, mask, strict=True) if in_part}
-        subject_counts = Counter(names[label] for label, _ in pairs)
-        shortages = [f"{subject_counts[name]} with {name}" for name in names if subject_counts[name] < MIN_SUBJECTS]
-        if shortages or len(names) < 2:
-            shortage = ", ".join(shortages) or "one class"
-            return f"the {part} split has {shortage}; {MIN_SUBJECTS} subjects per class are needed"
-    return ""
 
 
 def _count_images_and_subjects(records: Sequence[ImageRecord]) -> dict[str, int]:

@@ -6,6 +6,7 @@ of the idea: Geirhos et al. 2020, "Shortcut learning in deep neural networks", a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,13 +28,15 @@ from medim.evaluation.probing.classifiers import (
     linear_probe,
 )
 from medim.metrics import build_statistics
-from medim.metrics.bootstrap import MetricEstimate, bootstrap_intervals
+from medim.metrics.bootstrap import MIN_SUBJECTS, MetricEstimate, bootstrap_intervals
 from medim.types import Array, Volume
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 CHANCE_AUROC = 0.5  # chance level of the AUROC
+MAX_P_VALUE = 0.01  # of one predictor; about five are tested
+N_PERMUTATIONS = 199
 
-NuisanceFeature = Literal["raw size", "input size", "padding", "raw intensity", "input intensity"]
+NuisanceFeature = Literal["raw size", "input size", "padding", "raw intensity", "input intensity", "corners", "file"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,15 @@ class PredictionResult:
         auroc: AUROC with its 95 % interval over subjects; chance is 0.5.
         balanced_accuracy: balanced accuracy with its 95 % interval; chance is 1 / number of classes.
         chance: chance levels by metric.
-        above_chance: whether the lower limit of the AUROC is above chance.
+        p_value: share of permutations of the labels of the evaluation split with at least this AUROC.
+        above_chance: whether the lower limit of the AUROC is above chance and `p_value` at most `MAX_P_VALUE`.
         classifier: name of the classifier selected by cross-validation within the training subjects.
     """
 
     auroc: MetricEstimate
     balanced_accuracy: MetricEstimate
     chance: dict[str, float]
+    p_value: float
     above_chance: bool
     classifier: str
 
@@ -95,6 +100,26 @@ class Shortcut:
     features: tuple[str, ...]
     varies: bool
     prediction: PredictionResult
+
+
+def build_train_test_split(
+    values: Mapping[str, str], names: Sequence[str], records: Sequence[ImageRecord], train_count: int
+) -> TrainTestSplit:
+    """Build the split of records of which the first `train_count` are for training; `values` has the class of each."""
+    labels = np.array([list(names).index(values[record.image]) for record in records], dtype=np.intp)
+    return TrainTestSplit(labels, np.arange(len(records)) < train_count, [record.subject for record in records])
+
+
+def describe_class_shortage(split: TrainTestSplit, names: Sequence[str]) -> str:
+    """Describe the lack of subjects that makes training or evaluation impossible; empty if there is none."""
+    for part, mask in (("training", split.train), ("evaluation", ~split.train)):
+        pairs = {(label, s) for label, s, in_part in zip(split.labels, split.subjects, mask, strict=True) if in_part}
+        subject_counts = Counter(names[label] for label, _ in pairs)
+        shortages = [f"{subject_counts[name]} with {name}" for name in names if subject_counts[name] < MIN_SUBJECTS]
+        if shortages or len(names) < 2:
+            shortage = ", ".join(shortages) or "one class"
+            return f"the {part} split has {shortage}; {MIN_SUBJECTS} subjects per class are needed"
+    return ""
 
 
 def predict_boosted(
@@ -128,9 +153,27 @@ def predict_label(features: Array, split: TrainTestSplit, *, seed: int = 0) -> P
     metrics = bootstrap_intervals({name: statistics[name] for name in names}, split.test_subjects, seed=seed)
     chance = {"auroc": CHANCE_AUROC, "balanced_accuracy": 1 / len(np.unique(labels[~train]))}
     low = metrics["auroc"]["ci_low"]
-    return PredictionResult(
-        **metrics, chance=chance, above_chance=low is not None and low > CHANCE_AUROC, classifier=name
+    p_value = _permute_labels(prediction.predictions, labels[~train], split.test_subjects, seed)
+    above_chance = low is not None and low > CHANCE_AUROC and p_value <= MAX_P_VALUE
+    return PredictionResult(**metrics, chance=chance, p_value=p_value, above_chance=above_chance, classifier=name)
+
+
+def _permute_labels(predictions: Array, labels: Array, subjects: Sequence[str], seed: int) -> float:
+    """Compute the p-value of an AUROC by permutation of the labels: of subjects with one label each, else of images."""
+    _, first, owners = np.unique(np.asarray(subjects), return_index=True, return_inverse=True)
+    has_one_label = bool((labels == labels[first][owners]).all())
+    rng, weights = np.random.default_rng(seed), np.ones((1, len(labels)))
+
+    def compute_auroc(permuted: Array) -> float:
+        """Compute the AUROC of the predictions for these labels."""
+        return float(build_statistics("classification", predictions, permuted)["auroc"](weights)[0])
+
+    observed = compute_auroc(labels)
+    n_larger = sum(
+        compute_auroc(rng.permutation(labels[first])[owners] if has_one_label else rng.permutation(labels)) >= observed
+        for _ in range(N_PERMUTATIONS)
     )
+    return (n_larger + 1) / (N_PERMUTATIONS + 1)
 
 
 def measure_shortcut(
