@@ -175,6 +175,8 @@ def _collect_features(
 ) -> tuple[list[FeatureRow], list[Rejection]]:
     """Collect the features of all images and write their mutual-information maps; return rows and all rejections."""
     names = make_file_names(index.records)
+    if maps is not None:
+        journal.discard_missing(maps, lambda _, entry: [str(entry["map"]["file"])] if "map" in entry else [])
     for record, answer in answers:
         if isinstance(answer, Rejection):
             journal.add(record.image, encode_rejection(answer))

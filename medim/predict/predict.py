@@ -33,7 +33,7 @@ from medim.predict.images import (
 )
 from medim.predict.outputs import write_mask
 from medim.predict.preview import PREVIEW_FOLDER, write_preview
-from medim.predict.progress import JOURNAL, ProgressJournal, decode_rejections, encode_rejection, open_journal
+from medim.predict.progress import JOURNAL, Entry, ProgressJournal, decode_rejections, encode_rejection, open_journal
 from medim.tasks import ENCODER
 from medim.types import UsageError, UserError
 
@@ -142,6 +142,8 @@ def _predict_index(
 ) -> list[PredictionRow]:
     """Write the answers that the journal of the folder lacks, the tables and, last, the summary."""
     with open_journal(folder / JOURNAL, settings) as journal:
+        names = make_file_names(index.records)
+        journal.discard_missing(folder, partial(_list_answer_files, names, with_preview=bool(settings["preview"])))
         rows, rejections = _write_answers(iterator(journal), index, folder, journal, write_answer)
     if not rows:
         (folder / JOURNAL).unlink()
@@ -153,6 +155,13 @@ def _predict_index(
     summary = {"schema_version": SCHEMA_VERSION, "package": _describe_package(package), "counts": counts}
     write_json(folder / "summary.json", summary)
     return rows
+
+
+def _list_answer_files(names: Mapping[str, str], image: str, entry: Entry, *, with_preview: bool) -> list[str]:
+    """List the files of an image relative to the folder: answer, report and picture; none for a rejected image."""
+    row = entry.get("row", {})
+    pictures = [f"{PREVIEW_FOLDER}/{names[image]}.png"] if with_preview and row else []
+    return [str(row[column]) for column in ("file", "report") if column in row] + pictures
 
 
 def _write_answers(

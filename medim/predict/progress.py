@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, TypedDict
@@ -14,6 +15,7 @@ from medim.output_folder import acquire_lock
 from medim.predict.answer import PredictionRow
 from medim.types import UserError
 
+log = logging.getLogger(__name__)
 JOURNAL = "progress.jsonl"  # in the folder of a prediction
 SCHEMA_VERSION = 1
 
@@ -61,6 +63,23 @@ class ProgressJournal:
         """Record the result of an image after its files are written."""
         self._append({"image": image, **entry})
         self.entries[image] = entry
+
+    def discard_missing(self, folder: Path, list_files: Callable[[str, Entry], Iterable[str]]) -> None:
+        """Discard the results that lack a file, so that these images are processed again.
+
+        Args:
+            folder: folder of the files.
+            list_files: function that lists the files of an image by its key and entry.
+        """
+        missing = [
+            image
+            for image, entry in self.entries.items()
+            if not all((folder / file).is_file() for file in list_files(image, entry))
+        ]
+        for image in missing:
+            del self.entries[image]
+        if missing:
+            log.info("%s: files of %d images are missing; these images are processed again", folder, len(missing))
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line, allow_nan=True) + "\n")

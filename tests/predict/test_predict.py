@@ -461,6 +461,22 @@ def test_a_stopped_prediction_continues_and_gives_the_files_of_an_uninterrupted_
     assert predict(package, source, tmp_path / "out", resume=True, progress=stop_after(1)), "complete: nothing is done"
 
 
+def test_a_finished_prediction_is_resumed_by_processing_the_images_without_files(
+    packages: dict[str, Package], tmp_path: Path
+) -> None:
+    source, package, out = _pictures(tmp_path / "in"), packages["classifier"], tmp_path / "out"
+    predict(package, source, out, preview=True)
+    whole, (first, second, *_) = read_all(out), sorted(out.glob("previews/*.png"))
+    (out / f"{first.stem}.json").unlink()
+    for file in (second, out / "predictions.csv"):
+        file.unlink()
+    processed = []
+    predict(package, source, out, preview=True, resume=True, progress=lambda done, _: processed.append(done))
+    assert len(processed) == 2
+    journals = {"progress.jsonl": b""}  # has the lines of both calls
+    assert read_all(out) | journals == whole | journals
+
+
 def test_a_prediction_is_not_continued_with_other_images_or_another_package(
     packages: dict[str, Package], tmp_path: Path
 ) -> None:

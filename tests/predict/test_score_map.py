@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import nibabel
 import numpy as np
@@ -226,6 +228,22 @@ def test_a_map_lies_on_the_voxels_of_its_file_and_what_was_cut_away_has_no_score
     want = np.where(image > 0, 2 * image, np.nan)
     np.testing.assert_allclose(np.asarray(written.dataobj), want, rtol=1e-5)
     assert float(row["mean"]) == pytest.approx(np.nanmean(want), rel=1e-5)
+
+
+def test_a_stopped_embedding_writes_maps_that_are_missing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(0).uniform(1, 2, (8, 6, 7))
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / "scan.nii.gz")  # type: ignore[no-untyped-call, attr-defined]
+    command = partial(embed_images, COPY, tmp_path / "scan.nii.gz", tmp_path / "f.csv", maps=tmp_path / "maps")
+    with monkeypatch.context() as context:
+        context.setattr("medim.predict.embed.write_csv", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command()
+    (file,) = (tmp_path / "maps").rglob("*.nii.gz")
+    file.unlink()
+    command(resume=True)
+    assert [path.name for path in (tmp_path / "maps").glob("*.nii.gz")] == [file.name]
 
 
 def test_a_resampled_map_comes_back_to_the_image_by_linear_interpolation(tmp_path: Path) -> None:
