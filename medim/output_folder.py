@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Literal
 
-from medim.files import remove_temporary_files
+from medim.files import TEMPORARY_SUFFIX, remove_temporary_files
 from medim.privacy import format_path
 from medim.types import UserError
 
@@ -292,8 +292,8 @@ def _is_unstarted(out: Path, previous: OutputRecord | None, command: str, start_
     """Whether a folder contains only files from the start of the same command, which is not running any more."""
     if previous is None or previous.command != command or previous.state not in {"writing", "stopped"}:
         return False
-    files = [file for file in _list_files(out) if file.rpartition("/")[2] not in SYSTEM_FILES]
-    if "history.csv" in files:  # of steps whose checkpoints may have been removed to save space
+    files = [file for file in _list_files(out) if not _is_disposable(file)]
+    if previous.state == "stopped" and not set(files) <= set(previous.files):  # files that the user added since
         return False
     return bool(files) and all(any(fnmatchcase(file, pattern) for pattern in start_files) for file in files)
 
@@ -355,6 +355,12 @@ def _list_files(out: Path, excluded: Iterable[str] = ()) -> tuple[str, ...]:
     )
 
 
+def _is_disposable(file: str) -> bool:
+    """Whether a file belongs to a file manager, or is an unfinished one of a process that was killed."""
+    name = file.rpartition("/")[2]
+    return name in SYSTEM_FILES or fnmatchcase(name, f".*{TEMPORARY_SUFFIX}")
+
+
 def _list_foreign_files(out: Path, record: OutputRecord | None, direct_files: Sequence[str]) -> list[str]:
     """List the files that do not belong to the result: neither recorded, nor of a training that was killed."""
     recorded = set(record.files) if record else set()
@@ -363,7 +369,7 @@ def _list_foreign_files(out: Path, record: OutputRecord | None, direct_files: Se
         file
         for file in _list_files(out)
         if file not in recorded
-        and file.rpartition("/")[2] not in SYSTEM_FILES
+        and not _is_disposable(file)
         and not any(fnmatchcase(file, pattern) for pattern in patterns)
     ]
 

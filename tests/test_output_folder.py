@@ -334,7 +334,7 @@ def test_a_lock_ends_with_the_command_although_a_forked_process_is_still_there(t
     assert list_files(tmp_path / "out")["summary.json"] == "new"
 
 
-START = ("config.yaml", "figures/*")
+START = ("config.yaml", "figures/views.png")
 
 
 def start_run(out: Path, *files: str, command: str = "pretrain") -> None:
@@ -347,7 +347,7 @@ def start_run(out: Path, *files: str, command: str = "pretrain") -> None:
 
 def test_a_folder_without_a_checkpoint_and_a_result_is_taken_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    start_run(out, "config.yaml", "figures/views.png")
+    start_run(out, "config.yaml", "figures/views.png", ".config.yaml.0.medim-part")
     with output_folder(out, "pretrain", direct_files=RUN, start_files=START) as folder:
         assert folder == out
         assert list_files(out) == {}
@@ -362,8 +362,9 @@ def test_a_folder_without_a_checkpoint_and_a_result_is_taken_again(tmp_path: Pat
         (("config.yaml", "notes.txt"), "pretrain"),
         (("config.yaml",), "finetune"),
         (("summary.json",), "pretrain"),
+        (("config.yaml", "figures/notes.png"), "pretrain"),
     ],
-    ids=["checkpoint", "foreign file", "other command", "summary"],
+    ids=["checkpoint", "foreign file", "other command", "summary", "foreign figure"],
 )
 def test_a_folder_with_anything_else_is_not_taken_again(tmp_path: Path, files: tuple[str, ...], command: str) -> None:
     start_run(tmp_path / "run", *files, command=command)
@@ -373,6 +374,15 @@ def test_a_folder_with_anything_else_is_not_taken_again(tmp_path: Path, files: t
     ):
         pass
     assert list_files(tmp_path / "run") == dict.fromkeys(sorted(files), "first")
+
+
+def test_a_file_that_the_user_added_to_an_attempt_is_not_removed(tmp_path: Path) -> None:
+    start_run(tmp_path / "run", "config.yaml")
+    (tmp_path / "run" / "figures").mkdir()
+    (tmp_path / "run" / "figures" / "views.png").write_text("precious")
+    with pytest.raises(UserError, match="expected an empty or new folder"):
+        write_result(tmp_path / "run", command="pretrain", direct_files=RUN, start_files=START)
+    assert list_files(tmp_path / "run") == {"config.yaml": "first", "figures/views.png": "precious"}
 
 
 def test_a_complete_run_of_start_files_only_is_a_result(tmp_path: Path) -> None:

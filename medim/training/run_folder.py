@@ -15,6 +15,7 @@ from medim.models.serialization import locate_weights
 from medim.output_folder import SUMMARY_FILE, OutputRecord, output_folder
 from medim.renamed_keys import translate_config, translate_preset
 from medim.training.engine.checkpoints import find_newest_checkpoint
+from medim.training.engine.view_sheet import VIEWS_FILE
 from medim.types import UsageError, UserError
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ RUN_FILES = (  # patterns of all files of a run
         f"{REHEARSAL_FOLDER}/*",
     ),
 )
-RUN_START_FILES = (  # files before the first checkpoint
-    *("config.yaml", "inputs.json", "split.csv", "history.csv", "mlflow.json", "mlflow.jsonl", "figures/*"),
+RUN_START_FILES = (  # files before the first step
+    *("config.yaml", "inputs.json", "split.csv", "mlflow.json", "mlflow.jsonl", VIEWS_FILE.as_posix()),
     f"{REHEARSAL_FOLDER}/*",
 )
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
