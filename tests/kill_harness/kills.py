@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from medim.output_folder import READY, STAGING, read_record
+from medim.output_folder import MARKER, READY, STAGING, read_record
+from medim.predict.progress import JOURNAL
 from tests.kill_harness.content import Content, Reference, find_unreadable, read_content
 from tests.kill_harness.processes import ForkServer, Run, send_after
 from tests.kill_harness.tasks import Task
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1", "SIGINT twice")
+PROGRESS_FILES = (JOURNAL, "summary.json")  # besides checkpoints: answers, and cells of a study
 FAULTS = ("exit code", "traceback", "processes left", "part of a file", "earlier result", "reader", "other bytes")
 
 
@@ -31,6 +34,8 @@ class Tally:
         details: a line per fault.
         longest_delay: most seconds from a signal (except SIGKILL) to the end of the process.
         resumed: number of results that were the same bytes after the command was run again.
+        exit_codes: number of ends by exit code, after a signal that was not late.
+        saved: number of these ends by the files that were saved, see `TaskTrials.classify_saved`.
     """
 
     tried: Counter[str] = field(default_factory=Counter)
@@ -39,6 +44,8 @@ class Tally:
     details: list[str] = field(default_factory=list)
     longest_delay: float = 0.0
     resumed: int = 0
+    exit_codes: Counter[int] = field(default_factory=Counter)
+    saved: Counter[str] = field(default_factory=Counter)
 
     def add(self, kind: str, detail: str) -> None:
         """Add a fault."""
@@ -115,9 +122,12 @@ class TaskTrials:
             label = f"{self.name} {number} {kind} after {delay:.2f} of {self.reference.seconds:.2f} s"
             if run.exit_code == 0:
                 self.tally.late += 1
+                self.send_records(name, run)
                 self.compare_end(name, label)
                 break
             self.tally.tried[kind] += 1
+            self.tally.exit_codes[run.exit_code] += 1
+            self.tally.saved[self.classify_saved(name, has_earlier=has_earlier)] += 1
             self._check_kill(run, kind, label)
             self.check_state(name, label, has_earlier=has_earlier, read=number % 3 == 0)
             options = self.select_options(name, has_earlier=has_earlier)
@@ -169,6 +179,24 @@ class TaskTrials:
             return False
         return any(name.split("/")[0] in present for name in self.reference.compare(content))
 
+    def classify_saved(self, name: str, *, has_earlier: bool) -> str:
+        """Classify the files of a stopped command: result, progress (such as a checkpoint), first files, or nothing."""
+        folder = self.folder / name
+        staged = [folder / output / STAGING for output in self.task.outputs if (folder / output / STAGING).exists()]
+        content = read_content(folder, self.task.outputs)
+        if content and not self.reference.compare(content):
+            return "result"
+        roots = staged or ([] if has_earlier else [folder / output for output in self.task.outputs])
+        files = [path for root in roots for path in root.rglob("*") if path.is_file() and path.name != MARKER]
+        if any(path.name in PROGRESS_FILES or path.suffix == ".ckpt" for path in files):
+            return "progress"
+        return "first files" if files else "nothing"
+
+    def send_records(self, name: str, run: Run) -> None:
+        """Send the records that a command which a signal reached after its result has left, as its message advises."""
+        if "To send the records: medim sync" in run.text:
+            self.server.run(["sync", "out"], folder=self.folder / name)
+
     def select_options(self, name: str, *, has_earlier: bool) -> list[str]:
         """Select the options with which the command goes on."""
         folder, task = self.folder / name, self.task
@@ -202,12 +230,20 @@ class TaskTrials:
 
 def format_table(tallies: dict[str, Tally]) -> str:
     """Format the tallies as a Markdown table."""
-    columns = ["command", *SIGNALS, "in all", "too late", *FAULTS, "same bytes in the end", "longest delay, s"]
+    columns = ["command", *SIGNALS, "in all", "too late", "exit codes", "saved", *FAULTS]
+    columns += ["same bytes in the end", "longest delay, s"]
     rows = []
     for name, tally in tallies.items():
         cells = [name, *(tally.tried[kind] for kind in SIGNALS), sum(tally.tried.values()), tally.late]
-        rows.append([*cells, *(tally.faults[kind] for kind in FAULTS), tally.resumed, f"{tally.longest_delay:.1f}"])
+        cells += [_format_counts(tally.exit_codes), _format_counts(tally.saved)]
+        same = f"{tally.resumed} of {tally.resumed + tally.faults['other bytes']}"
+        rows.append([*cells, *(tally.faults[kind] for kind in FAULTS), same, f"{tally.longest_delay:.1f}"])
     return join_rows(columns, rows)
+
+
+def _format_counts(counts: Mapping[Any, int]) -> str:
+    """Format numbers by kind, in the order of the kinds."""
+    return ", ".join(f"{kind}: {number}" for kind, number in sorted(counts.items()))
 
 
 def join_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
