@@ -65,7 +65,7 @@ def judge_run(
 
     Examples:
         >>> judge_run({"local_dim": 5.0}, {"local_dim": (3.1, 0.1)})
-        VerdictReport(verdict='learning', why='local_dim: 3.1 held out, 5 at chance: gain 2.7 bits, needed 0.43')
+        VerdictReport(verdict='learning', why='local_dim: 3.1 held out, 5 at chance: gain 1.9, needed 0.3')
     """
     if non_finite:
         return VerdictReport("diverged", non_finite)
@@ -106,8 +106,7 @@ def _measure_gain(name: str, level: float, mean: float, error: float, has_chance
         text = f"{name}: {mean:.3g} held out, {level:.3g} at the first step: gain {gain:.2g}, needed {need:.2g}"
         return _Gain(gain, need, tolerance, error, text)
     need = max(MIN_GAIN, 3 * error)
-    bits, needed_bits = gain / math.log(2), need / math.log(2)
-    text = f"{name}: {mean:.3g} held out, {level:.3g} at chance: gain {bits:.2g} bits, needed {needed_bits:.2g}"
+    text = f"{name}: {mean:.3g} held out, {level:.3g} at chance: gain {gain:.2g}, needed {need:.2g}"
     return _Gain(gain, need, tolerance, error, text)
 
 

@@ -23,7 +23,7 @@ LEVELS = {"dim": 4.0}
 def test_a_verdict_names_the_term_its_loss_and_what_was_needed() -> None:
     found = judge_run({"dim": 4.0, "coordinates": 3.0}, {"dim": (2.0, 0.1), "coordinates": (2.95, 0.02)})
     assert found.verdict == "at-chance"
-    assert found.why == "coordinates: 2.95 held out, 3 at chance: gain 0.072 bits, needed 0.14"
+    assert found.why == "coordinates: 2.95 held out, 3 at chance: gain 0.05, needed 0.1"
 
 
 @pytest.mark.parametrize("level", [2.0, 8.04, 12.0])
