@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from medim.version import __version__
 
+TYPE_CHECKING = False  # that of `typing`, whose import would delay the handling of signals
 _HOME = {
     "read_volume": "medim.data.readers",
     "build_index": "medim.data.index.index",
@@ -18,6 +18,8 @@ _HOME = {
 __all__ = ["__version__", "build_index", "load_encoder", "load_package", "preprocess", "read_volume"]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from medim.data.index.index import build_index
     from medim.data.preprocessing.steps import preprocess
     from medim.data.readers import read_volume

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
-
 __version__ = "0.1.0"
 DISTRIBUTION = "medim-infomax"  # name on the package index; the name `medim` belongs to another project there
 
 
 def collect_versions() -> dict[str, str]:
     """Return the versions of medim, Python, torch and Lightning, to record the provenance of a result."""
+    import platform  # here, because each command imports this module before it handles signals
+    from importlib import metadata
+
     return {
         "medim": __version__,
         "python": platform.python_version(),

@@ -196,6 +196,16 @@ finally:
 """
 
 
+def test_few_modules_are_imported_before_signals_are_handled() -> None:
+    code = "import sys, medim.__main__; print(len(sys.modules), 'typing' in sys.modules)"
+    repository = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-S", "-c", code]  # without the imports of the installation
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repository)
+    n_modules, has_typing = run.stdout.split()
+    assert int(n_modules) < 80, "with the metadata of packages, 138"
+    assert has_typing == "False"
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_before_the_command_line_is_imported_exits_with_75_and_one_after_the_command_does_not(
     name: str,
