@@ -167,6 +167,26 @@ def separate_requests() -> Iterator[None]:
         _active_request = outer_request
 
 
+@contextmanager
+def block_interrupts() -> Iterator[None]:
+    """Block Ctrl-C for processes that are started inside the block, until they call `ignore_interrupts`.
+
+    A terminal sends Ctrl-C to all processes, and a new one would end with a traceback. A Ctrl-C inside the block is
+    handled at the end of it.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def ignore_interrupts() -> None:
+    """Ignore Ctrl-C in a process that the main process ends, and end the effect of `block_interrupts`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def leave_at_next_interrupt(*, is_second: bool) -> None:
     """Let the next Ctrl-C end the process by the signal; tell the user, unless this is the second signal already.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TypeVar
+
+from medim.signals import block_interrupts, ignore_interrupts
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,10 +25,18 @@ def count_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _prepare_worker() -> None:
+def prepare_pool_worker() -> None:
     """End this worker with the main process, and ignore Ctrl-C, which a terminal sends to all processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_interrupts()
     exit_with_parent()
+
+
+@contextmanager
+def block_interrupts_of_workers() -> Iterator[None]:
+    """Block Ctrl-C for processes of `multiprocessing` that are started inside the block, see `block_interrupts`."""
+    resource_tracker.ensure_running()  # its start inside the block would end the block
+    with block_interrupts():
+        yield
 
 
 def exit_with_parent() -> None:
@@ -39,6 +50,26 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+@contextmanager
+def open_process_pool(jobs: int, prepare: Callable[[], None] = prepare_pool_worker) -> Iterator[ProcessPoolExecutor]:
+    """Open a pool of new processes, which are killed on an error or a signal.
+
+    Submit inside `block_interrupts_of_workers`.
+
+    Args:
+        jobs: number of processes.
+        prepare: function that each process calls first; it calls `prepare_pool_worker`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=prepare) as pool:
+        try:
+            yield pool
+        except BaseException:
+            _kill_workers(pool)  # the pool would wait for the work in progress
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _kill_workers(pool: ProcessPoolExecutor) -> None:
@@ -67,20 +98,15 @@ def map_in_processes(
     batches: list[Sequence[Item]] = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     while batches:
         crash_numbers: list[int] = []
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker) as pool:
-            numbers = {pool.submit(work, batch): number for number, batch in enumerate(batches)}
-            try:
-                for future in as_completed(list(numbers)):
-                    number = numbers.pop(future)
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        crash_numbers.append(number)
-                    else:
-                        yield from zip(batches[number], future.result(), strict=True)
-            except BaseException:
-                _kill_workers(pool)  # the pool would wait for the batches that are being processed
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with open_process_pool(jobs) as pool:
+            with block_interrupts_of_workers():
+                numbers = {pool.submit(work, batch): number for number, batch in enumerate(batches)}
+            for future in as_completed(list(numbers)):
+                number = numbers.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    crash_numbers.append(number)
+                else:
+                    yield from zip(batches[number], future.result(), strict=True)
         single_items: list[Sequence[Item]] = [[item] for number in sorted(crash_numbers) for item in batches[number]]
         if single_items and jobs == 1 and len(crash_numbers) == len(single_items):
             yield single_items.pop(0)[0], None

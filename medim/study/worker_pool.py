@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from medim.data.parallel import count_cpus
-from medim.signals import StoppedError, leave_at_next_interrupt, separate_requests
+from medim.data.parallel import block_interrupts_of_workers, count_cpus
+from medim.signals import StoppedError, ignore_interrupts, leave_at_next_interrupt, separate_requests
 from medim.study.cell import StudyContext, run_cell
 from medim.study.design import Cell
 from medim.study.scheduler import Scheduler
@@ -181,7 +181,8 @@ def _start_worker(scheduler: Scheduler) -> _Worker:
     parent_end, child_end = mp_context.Pipe()
     threads = max(1, count_cpus() // scheduler.jobs)
     process = mp_context.Process(target=serve_cells, args=(scheduler.context, threads, child_end), daemon=True)
-    process.start()
+    with block_interrupts_of_workers():
+        process.start()
     child_end.close()
     return _Worker(process, parent_end)
 
@@ -190,9 +191,7 @@ def serve_cells(context: StudyContext, threads: int, pipe: Any) -> None:
     """Run cells received from a pipe until it is closed."""
     torch.set_num_threads(threads)
     with handle_stop_signals(lambda: None):
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # the terminal sends SIGINT to all processes; the study forwards it
+        ignore_interrupts()  # the study forwards them
         stop_with_parent()
         while True:
             try:

@@ -41,6 +41,46 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED_POOL = """
+import os, signal
+from medim.data.parallel import map_in_processes
+
+if __name__ == "__main__":
+    print(sorted(number for number, _ in map_in_processes(list, [(0,), (1,)], 2)))
+else:  # the module is imported in a worker before it ignores interrupts
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+INTERRUPTED_LOADER = """
+import os, signal
+from medim.training.engine.sampler import StepSampler, step_loader
+
+class Images:
+    def __getitem__(self, item):
+        return item[0]
+
+if __name__ == "__main__":
+    print(len(list(step_loader(Images(), [[(0, 0)], [(1, 0)]], workers=1))))
+elif os.getppid() != os.getsid(0):  # not in the fork server
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "output"),
+    [
+        pytest.param(INTERRUPTED_POOL, "[(0,), (1,)]", id="pool"),
+        pytest.param(INTERRUPTED_LOADER, "2", id="loader", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_during_the_start_of_a_worker_does_not_end_it(code: str, output: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    assert (run.stdout.strip(), run.stderr) == (output, "")
+
+
 @pytest.mark.parametrize("code", [WORKERS, LATE_WORKER], ids=["reading", "starting to load"])
 def test_the_workers_of_a_killed_process_end(code: str, tmp_path: Path) -> None:
     script, workers = tmp_path / "script.py", tmp_path / "workers"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +33,7 @@ from medim.data.readers.base import DECODER, MAX_VOXELS, Reader, ReadError
 from medim.data.readers.dicom.pixels import decode_and_rescale
 from medim.data.readers.inspection import INSPECTION_ADAPTER, FileInspection
 from medim.privacy import make_pseudonym
+from medim.signals import block_interrupts, ignore_interrupts
 from medim.types import Array, Volume
 
 ReplyContent = TypeVar("ReplyContent")
@@ -182,7 +182,8 @@ class DecoderProcess:
             command = [sys.executable, "-P", "-c", _WORKER_CODE, str(_PACKAGE_ROOT), json.dumps(asdict(self.limits))]
             environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(command, env=environment, **pipes)
+            with block_interrupts():
+                self._process = subprocess.Popen(command, env=environment, **pipes)
             _enlarge_pipe(self._process.stdout)
             with self._limit_time(_START_TIMEOUT):
                 assert self._process.stdout is not None
@@ -280,7 +281,7 @@ def sandboxed_decoding(limits: DecodingLimits) -> Iterator[None]:
 
 def worker_main(limits_json: str) -> None:
     """Run the decoding process: call the functions named on standard input, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process handles it
+    ignore_interrupts()
     worker_limits = DecodingLimits(**json.loads(limits_json))
     _set_resource_limits(worker_limits.memory)
     out = os.fdopen(os.dup(1), "wb")

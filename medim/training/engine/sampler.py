@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from medim.data.parallel import exit_with_parent
+from medim.data.parallel import block_interrupts_of_workers, exit_with_parent
 from medim.signals import SIGNAL_NAMES
 from medim.training.engine.process_group import SINGLE_PROCESS, ProcessGroup
 
@@ -116,6 +117,9 @@ def step_loader(dataset: Dataset[Any], sampler: StepSampler, *, workers: int, pr
         workers: number of data-loading workers.
         prefetch: number of batches that each worker prepares in advance.
     """
+    if workers:
+        with block_interrupts_of_workers():  # inherited by the workers of the server
+            forkserver.ensure_running()
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from medim.data.index.index import ImageRecord, Index
 from medim.data.loading.datasets import CACHE_BYTES
 from medim.data.loading.splits import assign_splits
 from medim.data.loading.store import locate_default_store
+from medim.data.parallel import block_interrupts_of_workers, open_process_pool, prepare_pool_worker
 from medim.training.auto_config import coarsest_stride
 from medim.training.engine.checkpoints import MAX_CHECKPOINTS
 from medim.training.engine.resources import available_memory, free_disk
@@ -119,9 +118,10 @@ def _run_trial_in_process(
                 free_memory,
             )
             try:
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(1, mp_context=context, initializer=_silence_logs) as pool:
-                    return pool.submit(run_trial, *arguments).result(), batch
+                with open_process_pool(1, _prepare_trial) as pool:
+                    with block_interrupts_of_workers():
+                        future = pool.submit(run_trial, *arguments)
+                    return future.result(), batch
             except (BrokenProcessPool, MemoryError):
                 if batch <= 2:
                     raise UserError(
@@ -133,8 +133,9 @@ def _run_trial_in_process(
             batch = smaller
 
 
-def _silence_logs() -> None:
+def _prepare_trial() -> None:
     """Turn off the messages of a trial, such as its verdict, which do not concern the planned run."""
+    prepare_pool_worker()
     logging.disable(logging.WARNING)
 
 

@@ -312,17 +312,13 @@ def test_a_batch_that_the_machine_cannot_hold_is_halved_until_it_runs(
 ) -> None:
     tried: list[int] = []
 
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(1)
-
     def measured(config: PretrainConfig, *_: Any) -> TrialResult:
         tried.append(config.batch_size)
         if config.batch_size > fitting:
             raise MemoryError
         return MEASURED
 
-    monkeypatch.setattr(planning, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(planning, "open_process_pool", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(planning, "run_trial", measured)
     fitting = 2
     told = plan_pretraining(pretrain_config, cohort_index, tmp_path / "run", store=tmp_path / "store")
