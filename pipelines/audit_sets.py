@@ -23,20 +23,16 @@ from medim.data.lookalikes import FALSE_PAIRS
 from medim.data.parallel import count_cpus
 from medim.files import read_json, write_json
 from medim.study.audit.source import SourceAudit, audit_source
+from medim.types import Modality
 
-SETS: dict[str, dict[str, Any]] = {  # folder, and part: modality, and the tables that are not in the folder
-    "mri-left-atrium-twins": {"modality": "mri"},
-    "mri-left-atrium": {"modality": "mri"},
-    "mri-acdc": {"modality": "mri"},
-    "mri-hippocampus": {"modality": "mri"},
-    "xray-kermany": {"modality": "xray"},
-    "xray-nih": {"modality": "xray"},
-    "xray-pneumonia, published parts": {"modality": "xray"},
-    "xray-pneumonia, split by child": {
-        "modality": "xray",
-        "subjects": "xray-pneumonia-keys/subjects.csv",
-        "labels": "xray-pneumonia-keys/resplit.csv",
-    },
+SETS: dict[str, Modality] = {  # folder: modality
+    "mri-left-atrium-twins": "mri",
+    "mri-left-atrium": "mri",
+    "mri-acdc": "mri",
+    "mri-hippocampus": "mri",
+    "xray-kermany": "xray",
+    "xray-nih": "xray",
+    "xray-pneumonia": "xray",
 }
 
 
@@ -61,11 +57,8 @@ def measure_set(data: Path, name: str, cache: Path) -> dict[str, Any]:
     """Audit a set, and format its rows; finished sets are read from `cache`."""
     if cache.is_file():
         return dict(read_json(cache))
-    options = SETS[name]
     start = time.perf_counter()
-    subjects, labels = (data / options[table] if table in options else None for table in ("subjects", "labels"))
-    folder = data / name.partition(",")[0]
-    index = build_index(folder, options["modality"], subjects=subjects, labels=labels, keep_names=True)
+    index = build_index(data / name, SETS[name], keep_names=True)
     result = audit_source(index, false_pairs=FALSE_PAIRS, jobs=count_cpus())
     row = {"pairs": _format_pairs(name, index, result, time.perf_counter() - start), "shortcuts": []}
     if result.shortcuts:
