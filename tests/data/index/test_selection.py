@@ -130,8 +130,8 @@ def test_images_that_are_not_selected_are_counted_and_classes_follow(
     warn_mixed_sizes(index)
     assert "fields of view of the images differ by a factor of 6.0 (40 to 240 mm)" in caplog.text
     assert '--where "fov_x<140"' in caplog.text
-    caplog.clear()
     selected = index.select("fov_x<140 and sequence=t1w")
+    caplog.clear()
     warn_mixed_sizes(selected)
     assert caplog.text == ""
     assert [record.image for record in selected.records] == [record.image for record in index.records[:2]]
