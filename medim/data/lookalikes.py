@@ -2,13 +2,14 @@
 
 Each image is reduced to a coarse map, band-passed, and correlated with the others over small shifts. Two images are
 look-alikes if their correlation is an outlier among the correlations of different subjects of the same source: the
-number of pairs that chance would give is stated. A perceptual hash of the middle slice, which `medim preprocess` used
-before, missed a scan whose crop had moved by 4 mm, and reported 42 pairs of strangers among 4,075 X-rays.
+number of pairs that chance would give is stated. A perceptual hash of the middle slice, the check of `medim preprocess`
+and of studies, misses a scan whose crop has moved by 4 mm, and reports 42 pairs of strangers among 4,075 X-rays.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -266,14 +267,16 @@ def _list_scores(scores: Array, limit: float) -> Iterator[tuple[int, int, float]
 def _score_candidates(stack: Array) -> Iterator[tuple[int, int, float]]:
     """Score the pairs with the largest correlations of maps of half the resolution."""
     coarse = _halve(stack[:, :1])
-    pairs = set()
+    candidates: dict[int, set[int]] = defaultdict(set)
     for start in range(0, len(stack), _BLOCK_ROWS):
         rows = _correlate(coarse[start : start + _BLOCK_ROWS], coarse)
         rows[np.arange(len(rows)), start + np.arange(len(rows))] = -1
         nearest = np.argpartition(-rows, _CANDIDATES, axis=1)[:, :_CANDIDATES]
-        pairs |= {(min(start + i, j), max(start + i, j)) for i, row in enumerate(nearest) for j in map(int, row)}
-    for first in sorted({first for first, _ in pairs}):
-        seconds = [second for one, second in pairs if one == first]
+        for first, row in enumerate(nearest.tolist(), start=start):
+            for second in row:
+                candidates[min(first, second)].add(max(first, second))
+    for first, neighbours in sorted(candidates.items()):
+        seconds = sorted(neighbours)
         one, others = stack[first : first + 1], stack[seconds]
         best = np.maximum(_correlate(one, others)[0], _correlate(others, one)[:, 0])
         yield from ((first, second, float(z)) for second, z in zip(seconds, _transform(best), strict=True))

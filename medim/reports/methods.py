@@ -43,7 +43,7 @@ def describe_pretraining(config: Mapping[str, Any], summary: Mapping[str, Any]) 
     objectives = [OBJECTIVE_TEXTS.get(name, name.replace("_", " ")) for name in names]
     selection = summary.get("checkpoint_selection")
     sentences = [
-        f"{describe_network(config, 'The encoder')} It was pretrained without labels on {_modality(config)} with "
+        f"{describe_network(config, 'The encoder')} It was pretrained without labels on {_name_modality(config)} with "
         f"{join_words(objectives)} as {'objective' if len(objectives) == 1 else 'objectives'}.",
         f"{describe_preprocessing(config)} {_describe_views(config)}",
         describe_schedule(config, "The encoder", steps=summary.get("steps")),
@@ -62,7 +62,7 @@ def describe_finetuning(config: Mapping[str, Any], summary: Mapping[str, Any]) -
     subjects = f" of {pluralise(validation['subjects'], 'subject')}" if validation.get("subjects") else ""
     sentences = [
         f"{describe_network(config, 'The network')} It was trained for {summary.get('task', config.get('task'))} on "
-        f"{pluralise(summary.get('n_labelled'), 'labelled image')} ({_modality(config)}), starting from {start}.",
+        f"{pluralise(summary.get('n_labelled'), 'labelled image')} ({_name_modality(config)}), starting from {start}.",
         describe_preprocessing(config),
         describe_schedule(config, "The network", steps=summary.get("steps")),
         f"Performance was measured on {pluralise(validation['n'], 'validation image')}{subjects}. Intervals are 95 % "
@@ -170,7 +170,7 @@ def _format_option(value: Any) -> str:
     return " × ".join(map(format_value, value)) if is_list else format_value(value)
 
 
-def _modality(config: Mapping[str, Any]) -> str:
+def _name_modality(config: Mapping[str, Any]) -> str:
     return MODALITY_TEXTS.get(str(config.get("modality")), "images")
 
 

@@ -152,7 +152,7 @@ def audit_source(
     return SourceAudit(
         images=len(records),
         subjects=len({record.subject for record in records}),
-        splits={part: count for part in ("train", "val", "test") if (count := _count(records, splits, part))},
+        splits={part: count for part in ("train", "val", "test") if (count := _count_images(records, splits, part))},
         pairs=tuple(_name_pairs(search, records, splits)),
         search=search,
         shortcuts=_measure_shortcuts(records, rows, splits, seed, notes),
@@ -235,7 +235,7 @@ def _measure_image(index: Index, record: ImageRecord, spacing: float) -> _Measur
         return build_rejection(record, error)
 
 
-def _count(records: Sequence[ImageRecord], splits: Mapping[str, Split], part: str) -> int:
+def _count_images(records: Sequence[ImageRecord], splits: Mapping[str, Split], part: str) -> int:
     return sum(splits[record.image] == part for record in records)
 
 
